@@ -1,0 +1,77 @@
+"""What a model costs: counted where it can be counted, timed where it must be timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..plan import Cost
+from .count import count, count_bytes, count_params
+from .latency import Comparison, Latency, compare, latency
+from .memory import peak_bytes
+from .run import at_rest, batch_of, inputs_on
+
+__all__ = [
+    "Comparison", "Latency", "Measurement", "at_rest", "compare", "count", "count_bytes", "count_params", "latency",
+    "measure", "peak_bytes",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What ``measure`` found. MACs and peak bytes belong to ``batch`` rows; ``seconds`` is None on the meta device."""
+
+    cost: Cost
+    peak_bytes: int
+    seconds: Latency | None
+    batch: int
+    device: str
+    dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat dictionary of numbers and strings, ready for ``json.dumps``."""
+        timed = self.seconds
+        return {
+            "macs": self.cost.macs,
+            "params": self.cost.params,
+            "bytes": self.cost.bytes,
+            "peak_bytes": self.peak_bytes,
+            "latency_median_s": timed.median if timed else None,
+            "latency_spread_s": timed.spread if timed else None,
+            "rounds": timed.rounds if timed else 0,
+            "threads": timed.threads if timed else 0,
+            "batch": self.batch,
+            "device": self.device,
+            "dtype": self.dtype,
+        }
+
+
+def measure(
+    model: nn.Module,
+    args: tuple,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    threads: int = 1,
+    rounds: int = 20,
+) -> Measurement:
+    """MACs, parameters, bytes, peak memory and latency of one forward in evaluation mode.
+
+    ``args`` is a tuple of positional inputs, as for ``torch.export``. The model is left as it was.
+    Raises InputError if it cannot run on these inputs.
+    """
+    args, kwargs = inputs_on(model, args, kwargs)
+    cost = count(model, args, kwargs)
+    peak = peak_bytes(model, args, kwargs)
+    first = next(model.parameters(), None)
+    on_meta = first is not None and first.device.type == "meta"
+    return Measurement(
+        cost=cost,
+        peak_bytes=peak,
+        seconds=None if on_meta else latency(model, args, kwargs, rounds=rounds, threads=threads),
+        batch=batch_of(args, kwargs),
+        device=str(first.device) if first is not None else "cpu",
+        dtype=str(first.dtype).removeprefix("torch.") if first is not None else "none",
+    )

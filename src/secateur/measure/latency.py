@@ -1,0 +1,146 @@
+"""Seconds of one call: median and spread, with the threads and the batch they belong to.
+
+Clocks drift: another process wakes, the processor cools. Two functions timed one after the other are therefore not
+comparable, and ``compare`` takes turns instead: every round calls each function once, in an order that rotates, and
+the ratio is formed within the round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from .run import at_rest, batch_of, forward, inputs_on
+
+_SHORTEST = 2e-3  # seconds: a quicker function is called several times per sample, or the clock's noise is measured
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one call. ``spread`` is the interquartile range of the rounds; ``batch`` the rows of one call."""
+
+    median: float
+    spread: float
+    rounds: int
+    calls: int
+    threads: int
+    batch: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Each function's latency, and its time divided by the first one's in the same round (median and spread)."""
+
+    seconds: dict[str, Latency]
+    ratio: dict[str, float]
+    ratio_spread: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def latency(
+    model: nn.Module,
+    args: tuple,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    rounds: int = 20,
+    threads: int = 1,
+) -> Latency:
+    """Seconds of one forward in evaluation mode without gradients, after a warm-up.
+
+    Raises InputError if the model cannot run on these inputs or is on the meta device.
+    """
+    args, kwargs = inputs_on(model, args, kwargs)
+    if any(tensor.device.type == "meta" for tensor in model.parameters()):
+        raise InputError(
+            "The model is on the meta device, where nothing is computed and nothing takes time.\n"
+            "  Load its weights, or ask for count() and peak_bytes() only."
+        )
+    with at_rest(model):
+        forward(model, args, kwargs)
+        timed = compare(
+            {"forward": lambda: model(*args, **kwargs)}, rounds=rounds, threads=threads, batch=batch_of(args, kwargs)
+        )
+    return timed.seconds["forward"]
+
+
+def compare(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 20,
+    threads: int = 1,
+    batch: int = 1,
+) -> Comparison:
+    """Time the functions in turns. ``batch`` is only passed on into the result. The first function is the yardstick."""
+    if not functions:
+        raise InputError("compare() got no functions. Pass {name: function, ...}.")
+    if rounds < 2 or threads < 1:
+        raise InputError(f"rounds={rounds}, threads={threads}: a spread needs 2 rounds or more, a run 1 thread or more.")
+    names = list(functions)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    with _threads(threads):
+        calls = {name: _calls(functions[name]) for name in names}
+        for turn in range(rounds):
+            start = turn % len(names)
+            for name in names[start:] + names[:start]:
+                samples[name].append(_sample(functions[name], calls[name]))
+    first = samples[names[0]]
+    ratios = {name: [mine / one for mine, one in zip(samples[name], first, strict=True)] for name in names}
+    return Comparison(
+        seconds={
+            name: Latency(statistics.median(times), _spread(times), rounds, calls[name], threads, batch)
+            for name, times in samples.items()
+        },
+        ratio={name: statistics.median(values) for name, values in ratios.items()},
+        ratio_spread={name: _spread(values) for name, values in ratios.items()},
+    )
+
+
+def _calls(function: Callable[[], object]) -> int:
+    """Warm up (three calls), and say how many calls make one sample long enough for the clock."""
+    function()
+    function()
+    return max(1, round(_SHORTEST / max(_sample(function, 1), 1e-9)))
+
+
+def _sample(function: Callable[[], object], calls: int) -> float:
+    """Seconds per call over ``calls`` calls, the work of an accelerator included."""
+    _wait()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    _wait()
+    return (time.perf_counter() - begin) / calls
+
+
+def _wait() -> None:
+    """Calls on a GPU return before the work is done."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _spread(values: list[float]) -> float:
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+@contextmanager
+def _threads(wanted: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
