@@ -51,7 +51,7 @@ CASES = {
     "vector by vector": (Apply(torch.matmul), (torch.empty(4), torch.empty(4)), 4),
     "addmv": (Apply(torch.addmv), (torch.empty(3), torch.empty(3, 4), torch.empty(4)), 12),
     "addbmm": (Apply(torch.addbmm), (torch.empty(3, 5), torch.empty(2, 3, 4), torch.empty(2, 4, 5)), 2 * 3 * 4 * 5),
-    "baddbmm": (Apply(torch.baddbmm), (torch.empty(2, 3, 5), torch.empty(2, 3, 4), torch.empty(2, 4, 5)), 2 * 3 * 4 * 5),
+    "baddbmm": (Apply(torch.baddbmm), (torch.empty(2, 3, 5), torch.empty(2, 3, 4), torch.empty(2, 4, 5)), 120),
     "einsum": (
         Apply(lambda a, b: torch.einsum("bhid,bhjd->bhij", a, b)),
         (torch.empty(2, 3, 4, 5), torch.empty(2, 3, 6, 5)),

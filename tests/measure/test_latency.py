@@ -18,7 +18,8 @@ def test_compare_sees_a_factor_of_three():
 
 def test_rounds_take_turns():
     order = []
-    compare({"a": lambda: (order.append("a"), time.sleep(0.003)), "b": lambda: (order.append("b"), time.sleep(0.003))}, rounds=2)
+    log = {name: lambda name=name: (order.append(name), time.sleep(0.003)) for name in "ab"}
+    compare(log, rounds=2)
     assert order[-4:] == ["a", "b", "b", "a"]
 
 

@@ -65,7 +65,7 @@ def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_args: Any, **_kwargs: Any) -> int:
-    """softmax(QK^T)V. Query (..., H, L, D), key (..., H', S, D), value (..., H', S, E): every query head is computed."""
+    """softmax(QK^T)V. Query (..., H, L, D), key (..., K, S, D), value (..., K, S, E); K of H heads may share."""
     *outer, length, depth = query
     return 2 * prod(outer) * length * key[-2] * (depth + value[-1])
 

@@ -87,7 +87,7 @@ def compare(
     if not functions:
         raise InputError("compare() got no functions. Pass {name: function, ...}.")
     if rounds < 2 or threads < 1:
-        raise InputError(f"rounds={rounds}, threads={threads}: a spread needs 2 rounds or more, a run 1 thread or more.")
+        raise InputError(f"rounds={rounds}, threads={threads}: a spread needs 2 rounds at least, a run 1 thread.")
     names = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with _threads(threads):

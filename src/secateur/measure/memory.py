@@ -1,8 +1,8 @@
 """Peak memory of one forward, from the tensors themselves.
 
 Measured with a dispatch mode that sees every operator's outputs: a storage counts from the operator that made it until
-nothing refers to it any more. Parameters, buffers and inputs count all the time. The number is the same on every run, and
-can be had on the meta device, with the kernels of that device: attention is not fused there, so its scores count.
+nothing refers to it any more. Parameters, buffers and inputs count all the time. The number is the same on every run,
+and can be had on the meta device, with the kernels of that device: attention is not fused there, so its scores count.
 What it cannot see is scratch space inside one operator (an im2col buffer, a re-ordered weight) and what the allocator
 rounds up.
 """
