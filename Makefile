@@ -4,7 +4,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip --quiet --disable-pip-version-check install
+PIP    := $(PY) -m pip -qq --disable-pip-version-check install
 # Where torch comes from, e.g. make demo TORCH_FROM="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_FROM ?=
 TORCH  := torch==2.13.0
