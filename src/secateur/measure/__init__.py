@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ..plan import Cost
-from .count import count, count_bytes, count_params
-from .latency import Comparison, Latency, compare, latency
-from .memory import peak_bytes
-from .run import at_rest, batch_of, inputs_on
+from secateur.measure.count import count, count_bytes, count_params
+from secateur.measure.latency import Comparison, Latency, compare, latency
+from secateur.measure.memory import peak_bytes
+from secateur.measure.run import at_rest, batch_of, inputs_on
+from secateur.plan import Cost
 
 __all__ = [
     "Comparison", "Latency", "Measurement", "at_rest", "compare", "count", "count_bytes", "count_params", "latency",

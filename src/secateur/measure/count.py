@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..plan import Cost
-from .run import at_rest, forward, inputs_on
+from secateur.measure.run import at_rest, forward, inputs_on
+from secateur.plan import Cost
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InputError
-from .run import at_rest, batch_of, forward, inputs_on
+from secateur.errors import InputError
+from secateur.measure.run import at_rest, batch_of, forward, inputs_on
 
 _SHORTEST = 2e-3  # seconds: a quicker function is called several times per sample, or the clock's noise is measured
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .run import at_rest, forward, inputs_on
+from secateur.measure.run import at_rest, forward, inputs_on
 
 
 def peak_bytes(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None) -> int:
