@@ -1,0 +1,1 @@
+"""Small hand-written networks, one per tricky pattern, each with its own masked reference."""
