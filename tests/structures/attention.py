@@ -135,7 +135,10 @@ class FusedChunk(Case):
 class Multihead(Case):
     """`nn.MultiheadAttention` with its packed in_proj_weight, which asserts its own sizes."""
 
-    units = {"h": U("attn.in_proj_weight", 0, prod((3, 2, 3), 1)), "qk": U("attn.in_proj_weight", 0, prod((3, 2, 3), 2))}
+    units = {
+        "h": U("attn.in_proj_weight", 0, prod((3, 2, 3), 1)),
+        "qk": U("attn.in_proj_weight", 0, prod((3, 2, 3), 2)),
+    }
     shapes = TOKENS
 
     def __init__(self):

@@ -1,6 +1,6 @@
 """All structures, family by family."""
 
-from . import attention, convs, norms, parts, reshape, residual, rotary
+from . import attention, bare, convs, foreign, norms, parts, recurrent, reshape, residual, rotary
 
 CASES = (
     *convs.CASES,
@@ -10,4 +10,7 @@ CASES = (
     *norms.CASES,
     *attention.CASES,
     *rotary.CASES,
+    *bare.CASES,
+    *recurrent.CASES,
+    *foreign.CASES,
 )

@@ -95,7 +95,10 @@ def leaves(out: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
 
 
-def gradients(model: nn.Module, call, args: tuple, kwargs: dict) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+Gradients = tuple[list[Tensor], list[Tensor], dict[str, Tensor]]
+
+
+def gradients(model: nn.Module, call, args: tuple, kwargs: dict) -> Gradients:
     """Outputs, input gradients and parameter gradients of a fixed random projection of the outputs of `call`."""
     args, kwargs = torch.utils._pytree.tree_map_only(
         Tensor, lambda t: t.clone().requires_grad_(t.is_floating_point()), (args, kwargs)
@@ -107,7 +110,8 @@ def gradients(model: nn.Module, call, args: tuple, kwargs: dict) -> tuple[list[T
     generator = torch.Generator().manual_seed(11)
     loss = sum((o * torch.randn(o.shape, generator=generator, dtype=o.dtype)).sum() for o in outs)
     loss.backward()
-    ins = [t.grad if t.grad is not None else torch.zeros_like(t) for t in leaves((args, kwargs)) if t.is_floating_point()]
+    floats = [t for t in leaves((args, kwargs)) if t.is_floating_point()]
+    ins = [t.grad if t.grad is not None else torch.zeros_like(t) for t in floats]
     named = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in model.named_parameters()}
     return [o.detach() for o in outs], ins, named
 
@@ -121,7 +125,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def positions_by_value(small: Tensor, large: Tensor) -> Tensor:
-    """Flat positions in `large` of the values of `small`: dense values are all distinct, so this needs no index lists."""
+    """Flat positions in `large` of the values of `small`: dense values are distinct, so no index lists are needed."""
     values, order = large.detach().flatten().sort()
     at = torch.searchsorted(values, small.detach().flatten()).clamp_max(values.numel() - 1)
     assert torch.equal(values[at], small.detach().flatten()), "the cut model holds a value the dense one does not"
@@ -159,7 +163,7 @@ def logical_keep(model: Case, graph, keep: Mapping[str, Tensor]) -> dict[str, Te
                     if owned <= lost:
                         logical[label][i] = False
                         explained |= owned
-        assert gone == explained, f"{tensor}:{dim} loses {sorted(gone - explained)}, which no hand-declared unit explains"
+        assert gone == explained, f"{tensor}:{dim} loses {sorted(gone - explained)}, unexplained by hand"
     return logical
 
 

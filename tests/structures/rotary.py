@@ -53,9 +53,8 @@ class RotaryHalves(Case):
     def reference(self, keep, x):
         angles = torch.outer(torch.arange(5).to(x.dtype), self.inv_freq)
         first, second = [0, 1, 2, 3], [4, 5, 6, 7]
-        q, k = (
-            rotated(heads_of(f(x), 2), angles.cos(), angles.sin(), keep["pair"], first, second) for f in (self.q, self.k)
-        )
+        cos, sin = angles.cos(), angles.sin()
+        q, k = (rotated(heads_of(f(x), 2), cos, sin, keep["pair"], first, second) for f in (self.q, self.k))
         y = attend(q, k, heads_of(self.v(x), 2), 0.4, causal=True)
         return self.o(on(joined(y), both(keep["h"], keep["v"])))
 
@@ -183,7 +182,7 @@ class CosineAttention(Case):
         self.temperature, self.bias = nn.Parameter(torch.zeros(3, 1, 1)), nn.Parameter(torch.zeros(3, 5, 5))
 
     def forward(self, x):
-        b, n, c = x.shape
+        b, n, _ = x.shape
         qkv = self.qkv(x).view(b, n, 3, 3, 4).permute(2, 0, 3, 1, 4)
         q, k, v = qkv[0], qkv[1], qkv[2]
         a = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature.exp()
