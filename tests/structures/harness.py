@@ -59,6 +59,7 @@ class Case(nn.Module):
 
     units: dict[str, Unit] = {}
     fixed: tuple[tuple[str, int], ...] = ()
+    least = 1  # units a group must keep for the network to be defined at all
     shapes: tuple[tuple[int, ...], ...] = ((2, 6),)
 
     def example(self) -> tuple[tuple, dict]:
@@ -145,25 +146,26 @@ def unit_sets(group, tensor: str, dim: int) -> Sets | None:
     return tuple(frozenset(s) for s in owned) if any(owned) else None
 
 
+def lost_positions(graph, keep: Mapping[str, Tensor], name: str, tensor: str, dim: int) -> frozenset[int]:
+    """Positions of (tensor, dim) that go with the dropped units of one group."""
+    sets = unit_sets(graph.groups[name], tensor, dim) or ()
+    return frozenset().union(*[s for s, stays in zip(sets, keep[name].tolist(), strict=False) if not stays])
+
+
 def logical_keep(model: Case, graph, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The masks of the logical units that say the same as `keep` (masks of secateur's groups)."""
     logical = everything(model)
-    for tensor, dim in {(u.tensor, u.dim) for u in model.units.values()}:
-        gone, explained = set(), set()
-        for name, group in graph.groups.items():
-            sets = unit_sets(group, tensor, dim)
-            if sets is None or name not in keep:
-                continue
-            lost = frozenset().union(*[s for s, stays in zip(sets, keep[name].tolist(), strict=True) if not stays])
-            gone |= lost
+    for name in keep:
+        explained = bool(keep[name].all())
+        for tensor, dim in {(u.tensor, u.dim) for u in model.units.values()}:
+            lost, covered = lost_positions(graph, keep, name, tensor, dim), set()
             for label, unit in model.units.items():
-                if (unit.tensor, unit.dim) != (tensor, dim):
-                    continue
                 for i, owned in enumerate(unit.sets):
-                    if owned <= lost:
+                    if (unit.tensor, unit.dim) == (tensor, dim) and owned <= lost:
                         logical[label][i] = False
-                        explained |= owned
-        assert gone == explained, f"{tensor}:{dim} loses {sorted(gone - explained)}, unexplained by hand"
+                        covered |= owned
+            explained |= bool(lost) and covered == lost
+        assert explained, f"no declared units are the ones group {name} loses: {keep[name].tolist()}"
     return logical
 
 
@@ -185,25 +187,21 @@ def check_groups(model: Case, graph) -> None:
 
 def reasons(graph) -> str:
     """What the graph says about its frozen axes, for a failure message."""
-    return "; ".join(f"{f.op}: {f.reason} {list(f.where)[:4]}" for f in graph.frozen)[:1500]
+    return "; ".join(f"{f.reason} {list(f.where)[:4]}" for f in graph.frozen)[:1500]
 
 
-def random_keep(graph, seed: int) -> dict[str, Tensor]:
-    """A random mask per group, at least one unit kept and, where there are two, at least one removed."""
+def random_keep(graph, seed: int, least: int = 1) -> dict[str, Tensor]:
+    """A random mask per group: at least `least` units kept and, where there are more, at least one removed."""
     generator = torch.Generator().manual_seed(seed)
     keep = {}
     for name, group in sorted(graph.groups.items()):
-        count = int(torch.randint(1, max(2, group.size), (1,), generator=generator))
+        count = int(torch.randint(least, max(least + 1, group.size), (1,), generator=generator))
         mask = torch.zeros(group.size, dtype=torch.bool)
         mask[torch.randperm(group.size, generator=generator)[:count]] = True
         keep[name] = mask
     return keep
 
 
-def expected_size(model: Case, logical: Mapping[str, Tensor], tensor: str, dim: int, dense: int) -> int:
-    """How many positions of (tensor, dim) survive, from the declared units alone."""
-    gone = set()
-    for label, unit in model.units.items():
-        if (unit.tensor, unit.dim) == (tensor, dim):
-            gone |= set().union(*[s for s, stays in zip(unit.sets, logical[label].tolist(), strict=True) if not stays])
-    return dense - len(gone)
+def expected_size(graph, keep: Mapping[str, Tensor], tensor: str, dim: int, dense: int) -> int:
+    """How many positions of (tensor, dim) survive the plan."""
+    return dense - len(frozenset().union(*[lost_positions(graph, keep, name, tensor, dim) for name in keep]))
