@@ -1,0 +1,236 @@
+"""Data from a name or a path, as batches: for BatchNorm statistics, for measuring accuracy, for example inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from .names import import_function
+
+_IMAGE_KEYS = ("images", "image", "x", "inputs")
+_LABEL_KEYS = ("labels", "label", "y", "targets")
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
+FORMS = "digits, imagefolder:DIR, npz:FILE, safetensors:FILE, or pkg.mod:function"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Rows of inputs (and labels, one class number per row) in batches of `size`; can be gone through many times."""
+
+    inputs: Tensor
+    labels: Tensor | None = None
+    size: int = 128
+
+    def __len__(self) -> int:
+        return -(-len(self.inputs) // self.size)
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, len(self.inputs), self.size):
+            x = self.inputs[start : start + self.size]
+            yield x if self.labels is None else (x, self.labels[start : start + self.size])
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set in two parts. `train` re-estimates statistics and trains, `test` only measures."""
+
+    name: str
+    train: Iterable[Any]
+    test: Iterable[Any]
+    labelled: bool
+
+    def example(self, rows: int = 2) -> tuple[tuple, dict[str, Any]]:
+        """The first `rows` rows of the first training batch, as (args, kwargs) of a model."""
+        batch = next(iter(self.train))
+        if isinstance(batch, dict):
+            return (), {k: v[:rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return ((batch[0] if isinstance(batch, (tuple, list)) else batch)[:rows],), {}
+
+
+def load_data(spec: str, *, batch_size: int = 128, test_share: float = 0.2, seed: int = 0) -> Data:
+    """The data set `spec` names, split into training and test rows by `seed`: the same split every time.
+
+    `spec` is one of: digits (scikit-learn's 1,797 real handwritten digits, 8x8); imagefolder:DIR (one folder per
+    class, images of one size; or DIR/train and DIR/test); npz:FILE or safetensors:FILE (`images` N,H,W or N,H,W,C or
+    N,C,H,W, and `labels`, whole bytes divided by 255); pkg.mod:function (returns (inputs, labels), an iterable of
+    batches, or a `Data`).
+
+    Raises:
+        DataError: nothing there, nothing in it, the wrong names or shapes, or numbers that are not finite.
+    """
+    kind, _, rest = spec.partition(":")
+    if spec == "digits":
+        inputs, labels = _digits()
+    elif kind == "imagefolder" and rest:
+        return _image_folder(_existing(rest, spec), spec, batch_size, (test_share, seed))
+    elif kind in ("npz", "safetensors") and rest:
+        inputs, labels = _arrays(_existing(rest, spec), kind)
+    elif rest and kind:
+        made = import_function(spec, DataError, "--data")()
+        if isinstance(made, Data):
+            return made
+        if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Tensor)):
+            return _from_batches(spec, made)
+        inputs, labels = made
+    else:
+        raise DataError(f"--data {spec!r} is no data set that secateur knows.\n  Write {FORMS}.")
+    _check(spec, inputs, labels)
+    train, test = _split(len(inputs), test_share, seed)
+    parts = [Batches(inputs[p], None if labels is None else labels[p], batch_size) for p in (train, test)]
+    return Data(spec, parts[0], parts[1], labels is not None)
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("--data digits comes with scikit-learn, which is not installed.\n"
+                        "  Install it: pip install scikit-learn") from error  # fmt: skip
+    held = load_digits()
+    return torch.tensor(held.images, dtype=torch.float32)[:, None] / 16, torch.tensor(held.target)
+
+
+def _existing(path: str, spec: str) -> Path:
+    found = Path(path)
+    if not found.exists():
+        raise DataError(f"--data {spec}: {found} does not exist (looked from {Path.cwd()}).\n  Check the path.")
+    return found
+
+
+# ---------------------------------------------------------------- arrays
+def _arrays(path: Path, kind: str) -> tuple[Tensor, Tensor | None]:
+    arrays = _read_npz(path) if kind == "npz" else _read_safetensors(path)
+    images = next((arrays[k] for k in _IMAGE_KEYS if k in arrays), None)
+    if images is None:
+        raise DataError(
+            f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}, and no images.\n"
+            f"  Name the inputs one of {', '.join(_IMAGE_KEYS)}, and the labels one of {', '.join(_LABEL_KEYS)}."
+        )
+    labels = next((arrays[k] for k in _LABEL_KEYS if k in arrays), None)
+    if images.dtype == torch.uint8:
+        images = _channels_first(images).float() / 255
+    elif images.is_floating_point():
+        images = _channels_first(images).float()
+    return images, None if labels is None else labels.long().reshape(-1)
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return {name: torch.from_numpy(np.ascontiguousarray(held[name])) for name in held.files}
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read as .npz: {error}.\n  Write it with numpy.savez, arrays of numbers "
+                        "only (no objects).") from error  # fmt: skip
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be read as safetensors: {error}.\n  Check the file.") from error
+
+
+def _channels_first(images: Tensor) -> Tensor:
+    """N,H,W -> N,1,H,W and N,H,W,C -> N,C,H,W, where C is 1, 3 or 4; anything else is left as it is."""
+    if images.dim() == 3:
+        return images[:, None]
+    if images.dim() == 4 and images.shape[3] in (1, 3, 4) and images.shape[1] not in (1, 3, 4):
+        return images.permute(0, 3, 1, 2).contiguous()
+    return images
+
+
+# ---------------------------------------------------------------- folders of images
+def _image_folder(root: Path, spec: str, batch_size: int, split: tuple[float, int]) -> Data:
+    if not root.is_dir():
+        raise DataError(f"--data {spec}: {root} is not a folder.\n  Give the folder that holds one folder per class.")
+    halves = [root / "train", next((root / n for n in ("test", "val") if (root / n).is_dir()), root / "test")]
+    if all(half.is_dir() for half in halves):
+        parts = [_read_images(half, spec) for half in halves]
+        batches = [Batches(x, y, batch_size) for x, y in parts]
+        return Data(spec, batches[0], batches[1], True)
+    inputs, labels = _read_images(root, spec)
+    train, test = _split(len(inputs), *split)
+    batches = [Batches(inputs[rows], labels[rows], batch_size) for rows in (train, test)]
+    return Data(spec, batches[0], batches[1], True)
+
+
+def _read_images(root: Path, spec: str) -> tuple[Tensor, Tensor]:
+    try:
+        import numpy as np
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise DataError("--data imagefolder reads images with pillow, which is not installed.\n"
+                        "  Install it: pip install pillow") from error  # fmt: skip
+    classes = sorted(path for path in root.iterdir() if path.is_dir())
+    files = [(path, index) for index, folder in enumerate(classes) for path in sorted(folder.rglob("*"))
+             if path.suffix.lower() in _SUFFIXES]  # fmt: skip
+    if not files:
+        raise DataError(f"--data {spec}: {len(classes)} class folders in {root}, and no image in them.\n"
+                        "  One folder per class, each with its images.")  # fmt: skip
+    images: list[Tensor] = []
+    for path, _ in files:
+        try:
+            with Image.open(path) as picture:
+                mode = picture.mode if picture.mode in ("L", "RGB") else "RGB"
+                pixels = np.asarray(picture.convert(mode))
+        except (OSError, UnidentifiedImageError) as error:
+            raise DataError(f"{path} cannot be read as an image: {error}.\n  Remove or replace it.") from error
+        images.append(torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1))
+        if images[-1].shape != images[0].shape:
+            raise DataError(
+                f"{path} is {tuple(images[-1].shape)} (height, width, channels), {files[0][0].name} is "
+                f"{tuple(images[0].shape)}: one batch needs one size.\n  Resize the images to one size first."
+            )
+    return torch.stack(images).permute(0, 3, 1, 2).float() / 255, torch.tensor([index for _, index in files])
+
+
+# ---------------------------------------------------------------- checks and split
+def _from_batches(spec: str, made: Any) -> Data:
+    """What a user's function returned, when it is batches: (train, test) or one iterable for both."""
+    pair = made if isinstance(made, tuple) and len(made) == 2 else (made, made)
+    parts = [part if hasattr(part, "__len__") else list(part) for part in pair if hasattr(part, "__iter__")]
+    if len(parts) != 2:
+        raise DataError(f"--data {spec} returned a {type(made).__name__}.\n  Return (inputs, labels), a list of "
+                        "batches, or (train batches, test batches).")  # fmt: skip
+    first = next(iter(parts[0]), None)
+    if first is None:
+        raise DataError(f"--data {spec} returned no batches: the data set is empty.\n  Return at least one batch.")
+    labelled = isinstance(first, (tuple, list)) and len(first) == 2
+    tensors = list(first.values()) if isinstance(first, dict) else list(first) if labelled else [first]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise DataError(f"--data {spec}: the first batch holds NaN or infinity.\n  Clean the data first.")
+    return Data(spec, parts[0], parts[1], labelled)
+
+
+def _check(spec: str, inputs: Tensor, labels: Tensor | None) -> None:
+    if not len(inputs):
+        raise DataError(f"--data {spec} is empty: its inputs have shape {tuple(inputs.shape)}.\n  At least two rows.")
+    if len(inputs) < 2:
+        raise DataError(f"--data {spec} has one row, which cannot be split into train and test.\n  At least two rows.")
+    if labels is not None and len(labels) != len(inputs):
+        raise DataError(f"--data {spec} has {len(inputs)} inputs and {len(labels)} labels.\n  One label per row.")
+    if inputs.is_floating_point() and not inputs.isfinite().all():
+        bad = (~inputs.isfinite()).flatten(1).any(1).nonzero().flatten()
+        raise DataError(f"--data {spec}: {len(bad)} of {len(inputs)} rows hold NaN or infinity, row {int(bad[0])} is "
+                        "the first.\n  Clean the data first.")  # fmt: skip
+
+
+def _split(rows: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """(train rows, test rows), both non-empty, shuffled by `seed`."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    tests = min(max(1, round(rows * share)), rows - 1)
+    return order[tests:], order[:tests]

@@ -1,0 +1,246 @@
+"""One folder for a pruned model: `model.safetensors`, `plan.json` and, where it can be exported, `graph.json`.
+
+The format is described in docs/format.md. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import FormatError, InputError
+from . import graph_file, recipe
+from .atomic import MARK, backup, replace_folder, sha256
+from .example import describe, rebuild
+
+if TYPE_CHECKING:
+    from ..prune import Result
+
+FORMAT = "secateur/1"
+TENSORS, GRAPH = "model.safetensors", "graph.json"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder that was read and checked: its document and its tensors, each by name."""
+
+    folder: Path
+    document: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def example_inputs(self) -> tuple[tuple, dict[str, Any]]:
+        """Random inputs of the shapes the model was pruned with: (args, kwargs), the same ones every time."""
+        return rebuild(self.document["inputs"])
+
+
+def save(result: Result, folder: str | Path) -> Path:
+    """Write what `prune` returned into `folder`, replacing an older result there only once the new one is complete.
+
+    Returns the folder. The graph goes along when `torch.export` can follow the cut model and the graph read back
+    gives the same outputs bit for bit; otherwise `plan.json` says why it does not, and `load` needs a factory.
+
+    Raises:
+        InputError: the folder holds something else, or the model is on the meta device and has no values.
+        FormatError: the disk is full or not writable. What was there before is unchanged.
+    """
+    folder = Path(folder)
+    args, kwargs = result.graph.program.example_inputs or ((), {})
+    module, why = recipe.exported(result.model, args, kwargs)
+    tensors = recipe.collect(result.model, module)
+    meta = [name for name, entry in tensors.items() if entry.value.device.type == "meta"]
+    if meta:
+        raise InputError(
+            f"{len(meta)} tensors are on the meta device ({meta[0]} ...): they have shapes and no values.\n"
+            "  Prune the model with its weights loaded, or keep the plan alone: result.plan.to_json()."
+        )
+    stored, aliases = recipe.share(tensors)
+    form = None
+    if module is not None:
+        form, why = recipe.graph_form(result.model, module, tensors, args, kwargs)
+    document = {
+        "format": FORMAT,
+        "versions": _versions(),
+        "model": type(result.model).__name__,
+        "how": result.cut.how,
+        "graph": {"carried": form is not None, "why_not": why},
+        "edits": recipe.edits_to_json(result.cut.edits),
+        "mode": recipe.mode(result.model),
+        "inputs": describe(args, kwargs),
+        "tensors": {name: entry.to_json() for name, entry in tensors.items()},
+        "aliases": aliases,
+        "before": asdict(result.before),
+        "after": asdict(result.after),
+        "proof": proof_to_json(result.proof),
+        "plan": result.plan.to_json(),
+    }
+
+    def fill(fresh: Path) -> None:
+        _save_tensors(stored, fresh / TENSORS)
+        if form is not None:
+            (fresh / GRAPH).write_text(json.dumps(form, separators=(",", ":")))
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(fresh.iterdir())}
+        (fresh / MARK).write_text(_sealed({**document, "files": files}))
+
+    replace_folder(folder, fill)
+    return folder
+
+
+def load(folder: str | Path, factory: Callable[[], Any] | None = None) -> nn.Module:
+    """The pruned model, ready to run, train or export.
+
+    With `factory` (a function that builds the dense model, as before the cut) it is that class again, with smaller
+    tensors. Without, it is the exported graph, when the folder carries one.
+
+    Raises:
+        FormatError: the folder is missing, incomplete, damaged or altered, or the factory builds something else; the
+            message names the first differences. Nothing on disk is changed.
+    """
+    saved = read(folder)
+    if factory is not None:
+        return recipe.rebuild_from_factory(factory, saved.document, saved.tensors)
+    if not saved.document["graph"]["carried"]:
+        raise FormatError(
+            f"{saved.folder} carries no graph: {saved.document['graph']['why_not']}.\n"
+            f"  Its model is a {saved.document['model']}; load it with the function that builds the dense one: "
+            "load(folder, factory)."
+        )
+    form = _json(saved.folder / GRAPH)
+    return graph_file.from_json(form, recipe.as_module_tensors(saved.document, saved.tensors))
+
+
+def read(folder: str | Path) -> Saved:
+    """Read a folder and check it: every file's size and hash, every tensor's name, shape and dtype.
+
+    Raises FormatError saying what differs.
+    """
+    folder = Path(folder)
+    if not (folder / MARK).is_file():
+        old = backup(folder)
+        hint = f"An interrupted save left the previous version in {old}; rename it." if old.exists() else (
+            "Give the folder that save() or `secateur prune -o` wrote."
+        )  # fmt: skip
+        what = "has no plan.json" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
+        raise FormatError(f"{folder} {what}.\n  {hint}")
+    document = _unsealed(folder / MARK)
+    if document.get("format") != FORMAT:
+        raise FormatError(
+            f"{folder} has format {document.get('format')!r}, this version of secateur reads {FORMAT!r}.\n"
+            f"  It was written by secateur {document.get('versions', {}).get('secateur', '?')}: install that version."
+        )
+    for name, facts in document["files"].items():
+        _check_file(folder / name, facts)
+    tensors = _load_tensors(folder / TENSORS)
+    _check_tensors(document, tensors)
+    return Saved(folder, document, tensors)
+
+
+def proof_to_json(proof: Any) -> dict[str, Any]:
+    """The numbers of a proof."""
+    return {
+        "max_error": float(proof.max_error),
+        "tolerance": float(proof.tolerance),
+        "passed": bool(proof.passed),
+    }
+
+
+# ---------------------------------------------------------------- the parts of a folder
+def _save_tensors(stored: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file(dict(stored), path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # its I/O errors carry no errno; ask the disk itself
+        with path.open("ab") as file:
+            file.write(b"\0" * 2**20)
+            file.flush()
+        raise FormatError(f"{path.name} could not be written: {error}") from error
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read: {error}.\n  The file is damaged: save the model again.") from error
+
+
+def _sealed(document: dict[str, Any]) -> str:
+    """The document with a hash over itself, so that a change in it is noticed too."""
+    return json.dumps({**document, "sha256": _digest(document)}, indent=1, allow_nan=False) + "\n"
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    document = _json(path)
+    claimed = document.pop("sha256", None)
+    if claimed != (found := _digest(document)):
+        raise FormatError(
+            f"{path} was altered after it was written: its contents hash to {found[:12]}..., it says "
+            f"{str(claimed)[:12]}....\n  Restore the file, or save the model again."
+        )
+    return document
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, OSError) as error:  # ValueError covers bad JSON and bad UTF-8
+        raise FormatError(f"{path} cannot be read: {error}.\n  It was cut short: save the model again.") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} holds a {type(value).__name__}, not an object.\n  Save the model again.")
+    return value
+
+
+def _check_file(path: Path, facts: Mapping[str, Any]) -> None:
+    if path.name != str(path.name) or not path.is_file():
+        raise FormatError(f"{path} is missing; plan.json lists it with {facts['bytes']} bytes.\n  Copy it back, or "
+                          "save the model again.")  # fmt: skip
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        raise FormatError(
+            f"{path} has {size} bytes, plan.json says {facts['bytes']}: it was cut short or replaced.\n"
+            "  Copy the folder again, or save the model again."
+        )
+    if (found := sha256(path)) != facts["sha256"]:
+        raise FormatError(
+            f"{path} was altered: its sha256 is {found[:12]}..., plan.json says {facts['sha256'][:12]}....\n"
+            "  Copy the folder again, or save the model again."
+        )
+
+
+def _check_tensors(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    expected = {name: facts for name, facts in document["tensors"].items() if name not in document["aliases"]}
+    differences = [f"{name} is missing" for name in expected if name not in tensors]
+    differences += [f"{name} is not in plan.json" for name in tensors if name not in expected]
+    for name, tensor in tensors.items():
+        if name in expected:
+            said = (expected[name]["shape"], expected[name]["dtype"])
+            found = (list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            if said != found:
+                differences.append(f"{name} is {found[1]} {found[0]}, plan.json says {said[1]} {said[0]}")
+    if differences:
+        raise FormatError(
+            f"{TENSORS} and plan.json disagree in {len(differences)} tensors: {'; '.join(differences[:3])}.\n"
+            "  The files are of two different models: save the model again."
+        )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("secateur")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        own = "unknown"
+    return {"secateur": own, "torch": torch.__version__, "python": platform.python_version()}

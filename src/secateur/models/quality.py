@@ -1,0 +1,47 @@
+"""How good a model is on data with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError
+from ..measure import at_rest
+
+
+def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
+    """The share of rows whose largest output is at their label, in 0..1. `batches` are (inputs, labels).
+
+    The model is left as it was. Raises DataError if the batches have no labels, or no rows.
+    """
+    right = rows = 0
+    where = next((p for p in model.parameters()), torch.empty(0))
+    with at_rest(model):
+        for batch in batches:
+            if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+                raise DataError("Accuracy needs labels, and these batches have none.\n  Give (inputs, labels).")
+            inputs, labels = batch
+            scores = _scores(model(inputs.to(where.device, where.dtype if inputs.is_floating_point() else None)))
+            if scores.dim() != 2 or len(scores) != len(labels) or int(labels.max()) >= scores.shape[1]:
+                raise DataError(
+                    f"The model gives {tuple(scores.shape)} for {len(labels)} labels up to {int(labels.max())}.\n"
+                    "  Accuracy needs one row of class scores per label: give data that fits, or none with labels."
+                )
+            right += int((scores.argmax(1) == labels.to(scores.device)).sum())
+            rows += len(labels)
+    if not rows:
+        raise DataError("Accuracy of no rows: the data set is empty.\n  Give at least one batch.")
+    return right / rows
+
+
+def _scores(output: Any) -> Tensor:
+    """The class scores in whatever the model returns: a tensor, `logits`, `out`, or the first of a tuple."""
+    for name in ("logits", "out"):
+        if isinstance(output, dict) and name in output:
+            return output[name]
+    if isinstance(output, (tuple, list)):
+        return output[0]
+    return output

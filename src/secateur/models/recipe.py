@@ -1,0 +1,243 @@
+"""What a folder must hold for a cut model to come back: its tensors, its module attributes, its graph."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..errors import FormatError
+from ..trace.capture import evaluating
+from . import graph_file
+
+Dim = torch.export.Dim
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a model and what it is there: "parameter", "buffer", or "constant" (of the graph alone)."""
+
+    value: Tensor
+    kind: str
+    persistent: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        value = self.value
+        out: dict[str, Any] = {
+            "shape": list(value.shape),
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "kind": self.kind,
+        }
+        if self.kind == "parameter" and not value.requires_grad:
+            out["frozen"] = True
+        if not self.persistent:
+            out["persistent"] = False
+        if not value.is_contiguous() and value._is_view() is False:
+            out["stride"] = list(value.stride())
+        return out
+
+
+# ---------------------------------------------------------------- tensors
+def collect(model: nn.Module, module: fx.GraphModule | None) -> dict[str, Entry]:
+    """Every parameter and buffer of `model` by name, tied ones under each of their names, and the constants that
+    only its exported form `module` reads."""
+    out = {name: Entry(p, "parameter") for name, p in model.named_parameters(remove_duplicate=False)}
+    for path, owner in model.named_modules(remove_duplicate=False):
+        for last, buffer in owner._buffers.items():
+            if buffer is not None:
+                name = f"{path}.{last}" if path else last
+                out[name] = Entry(buffer, "buffer", last not in owner._non_persistent_buffers_set)
+    if module is not None:
+        for node in module.graph.nodes:
+            if node.op == "get_attr" and node.target not in out:
+                value = graph_file.fetch(module, str(node.target))
+                if isinstance(value, Tensor):
+                    out[str(node.target)] = Entry(value, "constant")
+    return out
+
+
+def share(tensors: Mapping[str, Entry]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors to store, other name -> stored name): tied tensors are stored once."""
+    first: dict[tuple, str] = {}
+    stored, aliases = {}, {}
+    for name, entry in tensors.items():
+        value = entry.value.detach()
+        key = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
+        if value.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            # Cloned when it is a window onto a larger storage: safetensors would refuse the overlap.
+            whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+            value = value.cpu().contiguous()
+            stored[name] = value if whole else value.clone()
+    return stored, aliases
+
+
+def as_module_tensors(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every name of the folder with its tensor, parameters as `nn.Parameter`, tied names sharing one object."""
+    out: dict[str, Tensor] = {}
+    for name, facts in document["tensors"].items():
+        if name not in document["aliases"]:
+            out[name] = _restore(tensors[name], facts)
+    for name, source in document["aliases"].items():
+        out[name] = out[source]
+    return out
+
+
+def _restore(tensor: Tensor, facts: Mapping[str, Any]) -> Tensor:
+    """The tensor in memory of its own (not a window onto the file), laid out as it was when saved."""
+    stride = facts.get("stride")
+    own = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype) if stride else torch.empty_like(tensor)
+    own.copy_(tensor)
+    if facts["kind"] != "parameter":
+        return own
+    return nn.Parameter(own, requires_grad=not facts.get("frozen", False))
+
+
+# ---------------------------------------------------------------- attributes and modes
+def edits_to_json(edits: Sequence[tuple[str, str, Any, Any]]) -> list[list[Any]]:
+    """Module path, attribute, value before, value after; in JSON's types. Raises FormatError for exotic values."""
+    try:
+        return [[path, name, graph_file.encode(old), graph_file.encode(new)] for path, name, old, new in edits]
+    except graph_file.CannotWrite as error:
+        raise FormatError(f"An attribute the cut changed has no form in plan.json: {error}.\n"
+                          "  Please report the model.") from error  # fmt: skip
+
+
+def mode(model: nn.Module) -> dict[str, Any]:
+    """Whether the model trains, and the modules that differ from it in that."""
+    return {
+        "training": model.training,
+        "except": [name for name, m in model.named_modules() if m.training != model.training],
+    }
+
+
+# ---------------------------------------------------------------- with a factory
+def rebuild_from_factory(
+    factory: Callable[[], Any], document: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """The factory's dense model with the folder's tensors and attributes in it.
+
+    Raises FormatError if the factory builds a model with other tensors or attributes than the one that was cut.
+    """
+    if document["how"] == "graph":
+        raise FormatError(
+            "This model was cut by rewriting its graph, because its Python code has sizes written into forward(): "
+            "a factory would bring those sizes back.\n  Load it without a factory."
+        )
+    built = factory()
+    model = built[0] if isinstance(built, tuple) else built
+    if not isinstance(model, nn.Module):
+        raise FormatError(f"The factory returned a {type(model).__name__}, not an nn.Module.\n"
+                          "  Give the function that builds the dense model.")  # fmt: skip
+    restored = {n: t for n, t in as_module_tensors(document, tensors).items()
+                if document["tensors"][n]["kind"] != "constant"}  # fmt: skip
+    _same_names(model, restored)
+    _set_attributes(model, document["edits"])
+    for name, tensor in restored.items():
+        path, _, last = name.rpartition(".")
+        setattr(model.get_submodule(path), last, tensor)
+    trains = document["mode"]["training"]
+    different = set(document["mode"]["except"])
+    for name, module in model.named_modules():
+        module.training = trains != (name in different)
+    return model
+
+
+def _same_names(model: nn.Module, restored: Mapping[str, Tensor]) -> None:
+    found = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
+    found.update({n: b for n, b in model.named_buffers(remove_duplicate=False)})
+    differences = [f"it has no {name}" for name in restored if name not in found]
+    differences += [f"it has {name}, the folder has not" for name in found if name not in restored]
+    for name, tensor in restored.items():
+        if name in found and found[name].dim() != tensor.dim():
+            differences.append(f"its {name} is {list(found[name].shape)}, the folder's {list(tensor.shape)}")
+        elif name in found and any(a < b for a, b in zip(found[name].shape, tensor.shape, strict=True)):
+            differences.append(f"its {name} is {list(found[name].shape)}, smaller than {list(tensor.shape)}")
+    if differences:
+        raise FormatError(
+            f"The factory builds another model than the one saved ({type(model).__name__}): "
+            f"{'; '.join(differences[:3])}{' ...' if len(differences) > 3 else ''}.\n"
+            "  Pass the factory of the dense model that was pruned, with the same options."
+        )
+
+
+def _set_attributes(model: nn.Module, edits: Sequence[Sequence[Any]]) -> None:
+    for path, name, old, new in edits:
+        owner = model.get_submodule(path)
+        was, becomes = graph_file.decode(old, {}), graph_file.decode(new, {})
+        found = getattr(owner, name, None)
+        if found != was and found != becomes:
+            raise FormatError(
+                f"The factory builds another model than the one saved: {path}.{name} is {found!r}, it was {was!r} "
+                "when the model was cut.\n  Pass the factory of the dense model that was pruned, with the same options."
+            )
+        setattr(owner, name, becomes)
+
+
+# ---------------------------------------------------------------- the graph
+def exported(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[fx.GraphModule | None, str]:
+    """(the model as a graph that runs for any batch size where it can, else for this one; why there is none)."""
+    if isinstance(model, fx.GraphModule):
+        return model, ""
+    why = "torch.export could not follow it"
+    for doubled, free in ((True, True), (False, True), (False, False)):
+        given = _doubled((args, dict(kwargs))) if doubled else (args, dict(kwargs))
+        shapes = _batch_free(model, given) if free else None
+        try:
+            with evaluating(model):
+                program = torch.export.export(model, given[0], given[1], dynamic_shapes=shapes, strict=False)
+            module = program.module(check_guards=False)
+            if doubled:  # a batch of one was widened for the export; it must have come out free
+                _outputs(module, args, kwargs)
+            return module, ""
+        except Exception as error:  # torch.export raises many unrelated types; the last one is kept as the reason
+            why = f"torch.export could not follow it: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
+    return None, why
+
+
+def graph_form(
+    model: nn.Module, module: fx.GraphModule, tensors: Mapping[str, Entry], args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, str]:
+    """(graph.json's contents, why there are none). The graph is read back and run before it is believed."""
+    try:
+        form = graph_file.to_json(module)
+        again = graph_file.from_json(form, {name: entry.value for name, entry in tensors.items()})
+        with evaluating(model):
+            expected = _outputs(model, args, kwargs)
+        found = _outputs(again, args, kwargs)
+    except graph_file.CannotWrite as error:
+        return None, f"the graph holds {error}"
+    except (FormatError, RuntimeError, TypeError, ValueError) as error:
+        return None, f"the graph did not come back: {str(error).splitlines()[0]}"
+    if len(expected) != len(found) or not all(_identical(a, b) for a, b in zip(expected, found, strict=True)):
+        return None, "the graph read back gives other outputs than the model"
+    return form, ""
+
+
+def _outputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    with torch.no_grad():
+        return [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _doubled(inputs: Any) -> Any:
+    """Batches of one made two: torch.export takes a dimension of size one for a constant."""
+    return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, inputs)
+
+
+def _batch_free(model: nn.Module, inputs: tuple[tuple, dict]) -> Any:
+    """The first dimension of every input tensor left to torch.export to decide: free if the model allows it."""
+    args, kwargs = tree_map_only(Tensor, lambda t: {0: Dim.AUTO} if t.dim() else None, inputs)
+    args, kwargs = tree_map_only((bool, int, float, str), lambda _: None, (args, kwargs))
+    names = list(inspect.signature(model.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs} if kwargs else args

@@ -1,0 +1,153 @@
+"""A model from a name or a path, with inputs to run it on. Nothing is ever fetched from a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from . import hf, program, weights
+from .names import import_function
+
+FORMS = (
+    "pkg.mod:factory, file.py:factory, torchvision/NAME, timm/NAME, hf/TYPE or hf/FOLDER, FILE.pt2, or a saved folder"
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode. `example_inputs` are its positional inputs, None where they cannot be told."""
+
+    model: nn.Module
+    example_inputs: tuple | None
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def load_model(spec: str, weights_file: str | Path | None = None, *, seed: int = 0) -> LoadedModel:
+    """Build the model `spec` names; `weights_file` (safetensors or a state dict) is loaded strictly where given.
+
+    `spec` is one of: `pkg.mod:factory` or `file.py:factory` (a function that returns a model, or a model and its
+    example inputs), `torchvision/NAME`, `timm/NAME`, `hf/TYPE` (a small random one of that type), `hf/FOLDER` (a local
+    folder with config.json and perhaps safetensors), `FILE.pt2` (an exported program), or a folder `save` wrote.
+    Random weights are drawn from `seed`.
+
+    Raises:
+        ModelError: there is no such model, its library is not installed, or the weights do not fit.
+    """
+    torch.manual_seed(seed)
+    loaded = _build(spec)
+    if weights_file is not None:
+        weights.load_into(loaded.model, Path(weights_file))
+    if not _exported(loaded.model):
+        loaded.model.eval()
+    weights.check_finite(loaded.model, spec)
+    return loaded
+
+
+def _build(spec: str) -> LoadedModel:
+    library, _, name = spec.partition("/")
+    if spec.endswith(".pt2"):
+        module, args, kwargs = program.load_program(Path(spec))
+        return LoadedModel(module, args, spec, kwargs)
+    if (Path(spec) / "plan.json").is_file():
+        from .folder import load, read
+
+        args, kwargs = read(spec).example_inputs()
+        return LoadedModel(load(spec), args, spec, kwargs)
+    if library == "torchvision" and name:
+        return _torchvision(name, spec)
+    if library == "timm" and name:
+        return _timm(name, spec)
+    if library == "hf" and name:
+        model, kwargs = hf.build(name)
+        return LoadedModel(model, (), spec, kwargs)
+    if ":" in spec:
+        return _from_factory(spec)
+    raise ModelError(f"{spec!r} is no model that secateur knows, and no folder it saved.\n  Write {FORMS}.")
+
+
+def _from_factory(spec: str) -> LoadedModel:
+    factory = import_function(spec, ModelError, "MODEL")
+    try:
+        made = factory()
+    except Exception as error:
+        raise ModelError(f"{spec}() failed: {type(error).__name__}: {error}.\n"
+                         "  The function is called without arguments; give it defaults.") from error  # fmt: skip
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{spec}() returned a {type(model).__name__}.\n"
+                         "  Return an nn.Module, or (module, example inputs).")  # fmt: skip
+    if isinstance(inputs, Mapping):
+        return LoadedModel(model, (), spec, dict(inputs))
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    return LoadedModel(model, tuple(inputs) if inputs is not None else None, spec)
+
+
+def import_torchvision() -> Any:
+    """torchvision, also where its compiled operators do not fit this torch: the classification and segmentation
+    models need none of them, but the import declares shapes for two, which then must exist."""
+    try:
+        import torchvision
+    except ImportError as error:
+        raise ModelError("torchvision/NAME needs torchvision, which is not installed.\n"
+                         "  Install it: pip install torchvision") from error  # fmt: skip
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        for name in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, name):
+                signature = f"torchvision::{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                torch.library.define(signature.split("(")[0], "(" + signature.split("(", 1)[1])
+        import torchvision
+    return torchvision
+
+
+def _torchvision(name: str, spec: str) -> LoadedModel:
+    models = import_torchvision().models
+    if name not in models.list_models():
+        raise ModelError(_unknown(spec, name, models.list_models()))
+    options: dict[str, Any] = {"weights": None}
+    group = models.get_model_builder(name).__module__.split(".")[2]
+    if group in ("segmentation", "detection"):
+        options["weights_backbone"] = None
+    model = models.get_model(name, **options)
+    if hasattr(model, "aux_logits"):  # a second head that only training uses
+        model.aux_logits = False
+    if group == "video":
+        return LoadedModel(model, (torch.randn(1, 3, 16, *((224, 224) if "mvit" in name else (112, 112))),), spec)
+    if group in ("detection", "optical_flow"):
+        return LoadedModel(model, None, spec)
+    side = {"inception_v3": 299, "vit_h_14": 224}.get(name, 224)
+    return LoadedModel(model, (torch.randn(1, 3, side, side),), spec)
+
+
+def _timm(name: str, spec: str) -> LoadedModel:
+    try:
+        import_torchvision()
+        import timm
+    except (ImportError, ModelError) as error:
+        raise ModelError("timm/NAME needs timm and torchvision, which are not both installed.\n"
+                         "  Install them: pip install timm torchvision") from error  # fmt: skip
+    if name not in timm.list_models():
+        raise ModelError(_unknown(spec, name, timm.list_models()))
+    model = timm.create_model(name, pretrained=False)
+    size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
+    return LoadedModel(model, (torch.randn(1, *size),), spec)
+
+
+def _unknown(spec: str, name: str, names: list[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, names, 3) or names[:3]
+    return f"{spec}: there is no {name!r} among {len(names)} models.\n  Near it: {', '.join(close)}."
+
+
+def _exported(model: nn.Module) -> bool:
+    return isinstance(model, torch.fx.GraphModule)
