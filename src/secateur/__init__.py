@@ -1,0 +1,53 @@
+"""secateur: prune trained PyTorch networks, and prove it.
+
+    graph  = sc.trace(model, (x,))
+    result = sc.prune(model, (x,), sc.MACs(at_most="50%"), data=batches)
+    sc.save(result, "out/");  model = sc.load("out/", factory)
+"""
+
+__version__ = "0.1.0"
+
+from secateur import errors as errors
+from secateur import score as score
+from secateur.plan import Cost, Plan  # isort: skip  # the module `plan` first, so that the function below keeps the name
+from secateur.budget import Bytes as Bytes
+from secateur.budget import MACs as MACs
+from secateur.budget import Params as Params
+from secateur.budget import plan as plan
+from secateur.errors import SecateurError as SecateurError
+from secateur.measure import measure as measure
+from secateur.measure.proof import Proof as Proof
+from secateur.measure.proof import prove as prove
+from secateur.models import load as load
+from secateur.models import save as save
+from secateur.prune import Result as Result
+from secateur.prune import prune as prune
+from secateur.surgery import Cut as Cut
+from secateur.surgery import cut as cut
+from secateur.trace import Graph as Graph
+from secateur.trace import Group as Group
+from secateur.trace import trace as trace
+
+__all__ = [
+    "Bytes",
+    "Cost",
+    "Cut",
+    "Graph",
+    "Group",
+    "MACs",
+    "Params",
+    "Plan",
+    "Proof",
+    "Result",
+    "SecateurError",
+    "cut",
+    "errors",
+    "load",
+    "measure",
+    "plan",
+    "prove",
+    "prune",
+    "save",
+    "score",
+    "trace",
+]

@@ -1,0 +1,125 @@
+"""Who goes: one elimination order over all units, and as long a prefix of it as the budget demands.
+
+The order does not know the budget, so a tighter target removes a superset of what a looser one removes. Only where the
+last unit of the prefix was so costly that the result falls more than 1 % below the budget, units are put back
+(latest removed first) as far as they fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from secateur.budget.targets import Target
+from secateur.errors import InputError, TargetError
+from secateur.plan import Cost, Plan
+from secateur.trace import Graph
+
+FLOOR = 0.1  # of each group stays as long as anything else can go: a layer cut to one unit cuts the network in two
+CLOSE = 0.99
+ALLOCATIONS = ("global", "uniform")
+
+Order = list[tuple[str, int]]
+
+
+def plan(graph: Graph, scores: Mapping[str, torch.Tensor], *targets: Target, allocation: str = "global", fill: bool = True) -> Plan:
+    """Choose who stays so that every target is met.
+
+    Args:
+        graph: a trace.
+        scores: one number per unit and group; the lowest go first, infinity never goes.
+        targets: all are met at once.
+        allocation: "global" ranks all units together, "uniform" takes the same share of every group.
+        fill: put units back where the result is more than 1 % below the budget.
+
+    Raises:
+        InputError: no target, an unknown allocation, or a budget that is not between 0 and the dense model.
+        TargetError: the targets cannot be met; the message names the nearest reachable and what stands in the way.
+    """
+    if not targets:
+        raise InputError("no target was given.\n  Pass one, such as MACs(at_most='50%').")
+    dense = graph.cost()
+    limits = [(t, t.limit(dense)) for t in targets]
+    order = elimination_order(scores, allocation)
+
+    def reached(n: int) -> bool:
+        return _fits(graph.cost(_keep(scores, order[:n])), limits)
+
+    if not reached(len(order)):
+        raise _out_of_reach(graph, scores, order, limits)
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(middle) else (middle + 1, high)
+    keep = _keep(scores, order[:low])
+    if fill:
+        _put_back(graph, keep, order[:low], limits)
+    after = graph.cost(keep)
+    why = {"targets": [str(t) for t in targets], "limits": [n for _, n in limits], "allocation": allocation}
+    return Plan(keep, dense, after, why)
+
+
+def elimination_order(scores: Mapping[str, torch.Tensor], allocation: str) -> Order:
+    """All removable units, first to go first; at least one of each group is never listed. Ties go by group and index."""
+    if allocation not in ALLOCATIONS:
+        raise InputError(f"unknown allocation {allocation!r}.\n  There are: {', '.join(ALLOCATIONS)}.")
+    rows: list[tuple[bool, float, int, int, str]] = []
+    for g, (name, score) in enumerate(scores.items()):
+        n = len(score)
+        floor = max(1, int(np.ceil(FLOOR * n)))
+        ranked = torch.argsort(score, stable=True).tolist()
+        for rank, unit in enumerate(ranked[: n - 1]):
+            if np.isinf(float(score[unit])):
+                break
+            key = float(score[unit]) if allocation == "global" else (rank + 1) / n
+            rows.append((rank >= n - floor, key, g, unit, name))
+    rows.sort(key=lambda r: r[:4])
+    return [(r[4], r[3]) for r in rows]
+
+
+def _keep(scores: Mapping[str, torch.Tensor], removed: Order) -> dict[str, torch.Tensor]:
+    masks = {n: np.ones(len(s), bool) for n, s in scores.items()}
+    for name, unit in removed:
+        masks[name][unit] = False
+    return {n: torch.from_numpy(m) for n, m in masks.items()}
+
+
+def _fits(cost: Cost, limits: list[tuple[Target, int]]) -> bool:
+    return all(getattr(cost, t.figure) <= limit for t, limit in limits)
+
+
+def _close(cost: Cost, limits: list[tuple[Target, int]]) -> bool:
+    return any(getattr(cost, t.figure) >= CLOSE * limit for t, limit in limits)
+
+
+def _put_back(graph: Graph, keep: dict[str, torch.Tensor], removed: Order, limits: list[tuple[Target, int]]) -> None:
+    """Revive units, latest removed first, while the result is more than 1 % below the budget and they fit."""
+    full: set[str] = set()  # a group whose next unit did not fit gets no further try: its units cost about the same
+    for name, unit in reversed(removed):
+        if _close(graph.cost(keep), limits):
+            return
+        if name in full:
+            continue
+        keep[name][unit] = True
+        if not _fits(graph.cost(keep), limits):
+            keep[name][unit] = False
+            full.add(name)
+        if len(full) == len(keep):
+            return
+
+
+def _out_of_reach(graph: Graph, scores: Mapping[str, torch.Tensor], order: Order, limits: list[tuple[Target, int]]) -> TargetError:
+    keep = _keep(scores, order)
+    nearest, dense = graph.cost(keep), graph.cost()
+    target, limit = next((t, n) for t, n in limits if getattr(nearest, t.figure) > n)
+    have = getattr(nearest, target.figure)
+    whole = max(1, getattr(dense, target.figure))
+    by_axis = graph.keep_axes(keep)
+    return TargetError(
+        f"{target} = {limit:,} {target.figure} is out of reach: with one unit left in each of the {len(scores)} groups "
+        f"the model still has {have:,} ({100 * have / whole:.1f} % of {whole:,}).\n"
+        f"  What stands in the way: {'; '.join(graph.obstacles(by_axis)) or 'no axis of this model can be cut'}.\n"
+        f"  The nearest reachable is {target.figure}={100 * have / whole:.1f}%; ask for that much or more, or drop entries of ignore=."
+    )

@@ -1,0 +1,100 @@
+"""What the cut model may cost: `MACs(at_most="50%")`, `Params(at_most=1_000_000)`, `Bytes(at_most="2MiB")`."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.errors import InputError
+from secateur.plan import Cost
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS.update({"kb": 10**3, "mb": 10**6, "gb": 10**9})
+
+
+@dataclass(frozen=True)
+class Target:
+    """At most so much of one figure of `Cost`; a string may be a percentage of the dense model or carry a unit."""
+
+    at_most: str | int | float
+    figure: ClassVar[str] = ""
+
+    def limit(self, dense: Cost) -> int:
+        """The budget as an integer.
+
+        Raises:
+            InputError: it is not a number, or not more than 0 and less than the dense model's figure.
+        """
+        whole = getattr(dense, self.figure)
+        value = self._number(whole)
+        if not 0 < value < whole:
+            raise InputError(
+                f"{self} asks for {value:,.0f} {self.figure}; the dense model has {whole:,}.\n"
+                "  A budget lies above 0 and below the dense model (above 0 % and below 100 %)."
+            )
+        return math.floor(value)
+
+    def _number(self, whole: int) -> float:
+        if isinstance(self.at_most, bool):
+            raise InputError(f"{self}: a budget is a number or a string such as '50%'.")
+        if isinstance(self.at_most, (int, float)):
+            value = float(self.at_most)
+        else:
+            text = str(self.at_most).strip().replace("_", "").lower()
+            match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%|[a-z]*)", text)
+            if not match or (match[2] != "%" and match[2] not in _UNITS):
+                raise InputError(f"{self}: {self.at_most!r} is not a budget.\n  Write '50%', 1000000, '1.5M' or '2MiB'.")
+            value = float(match[1]) * (whole / 100 if match[2] == "%" else _UNITS[match[2]])
+        if not math.isfinite(value):
+            raise InputError(f"{self}: a budget is a finite number.")
+        return value
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}(at_most={self.at_most!r})"
+
+
+@dataclass(frozen=True)
+class MACs(Target):
+    """Multiply-accumulates of one call with the example inputs."""
+
+    figure: ClassVar[str] = "macs"
+
+    def __str__(self) -> str:
+        return Target.__str__(self)
+
+
+@dataclass(frozen=True)
+class Params(Target):
+    """Number of parameters, tied ones once."""
+
+    figure: ClassVar[str] = "params"
+
+    def __str__(self) -> str:
+        return Target.__str__(self)
+
+
+@dataclass(frozen=True)
+class Bytes(Target):
+    """Bytes of parameters and buffers, tied ones once."""
+
+    figure: ClassVar[str] = "bytes"
+
+    def __str__(self) -> str:
+        return Target.__str__(self)
+
+
+BY_NAME: dict[str, type[Target]] = {"macs": MACs, "params": Params, "bytes": Bytes}
+
+
+def parse(text: str) -> Target:
+    """`"macs=50%"` -> `MACs(at_most="50%")`.
+
+    Raises:
+        InputError: an unknown figure or no '='.
+    """
+    name, sep, value = text.partition("=")
+    if not sep or name.strip().lower() not in BY_NAME:
+        raise InputError(f"{text!r} is not a target.\n  Write one of {', '.join(f'{n}=50%' for n in BY_NAME)}.")
+    return BY_NAME[name.strip().lower()](value.strip())

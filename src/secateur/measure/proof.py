@@ -1,0 +1,115 @@
+"""The proof that every prune runs: in float64 the cut model computes what the masked original computes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from secateur.axes import Axis
+from secateur.errors import ProofError
+from secateur.measure.masked import InFloat64, MaskedOriginal
+from secateur.trace import Graph
+from secateur.trace.capture import evaluating
+
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Largest deviation between the cut model and the masked original over all outputs.
+
+    `max_error` is relative: max |cut - masked| / max |masked| of the same output (absolute where the output is all 0).
+    """
+
+    max_error: float
+    tolerance: float
+    outputs: tuple[float, ...]
+
+    @property
+    def passed(self) -> bool:
+        return self.max_error <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def _double(value: Any) -> Any:
+    def one(v: Any) -> Any:
+        if isinstance(v, torch.Tensor):
+            v = v.detach().cpu()
+            return v.double() if v.is_floating_point() else v.clone()
+        return v
+
+    return tree_map(one, value)
+
+
+def masked_outputs(graph: Graph, keep: Mapping[Axis, Any], state: Mapping[str, torch.Tensor], args: tuple, kwargs: Mapping) -> list:
+    """Flat outputs of the masked original in float64. `state` is the dense model's; gradients flow into `state`
+    and the inputs where they ask for it."""
+    flat, _ = tree_flatten((args, dict(kwargs)))
+    runner = MaskedOriginal(graph, keep, state)
+    with InFloat64():
+        out = runner.run(*runner.inputs(flat), enable_io_processing=False)
+    return list(tree_flatten(out)[0])
+
+
+def prove(
+    model: nn.Module, graph: Graph, keep: Mapping[str, torch.Tensor], cut_model: nn.Module, inputs: tuple[tuple, Mapping] | None = None
+) -> Proof:
+    """Run both in float64 and compare every output.
+
+    Args:
+        model: the dense model. Unchanged.
+        graph: its trace.
+        keep: the plan's masks.
+        cut_model: what came out of the cut. Unchanged.
+        inputs: (args, kwargs); by default the example inputs of the trace. Shapes must be those of the trace.
+    """
+    args, kwargs = inputs if inputs is not None else graph.capture.program.example_inputs
+    args, kwargs = _double((tuple(args), dict(kwargs)))
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    state = {**_double(dict(graph.capture.values)), **_double(named)}
+    other = copy.deepcopy(cut_model).cpu().double()
+    with torch.no_grad():
+        wanted = masked_outputs(graph, graph.keep_axes(keep), state, args, kwargs)
+        with evaluating(other), InFloat64():
+            got = tree_flatten(other(*args, **kwargs))[0]
+    errors = tuple(_error(a, b) for a, b in zip(got, wanted, strict=True) if isinstance(b, torch.Tensor))
+    return Proof(max(errors, default=0.0), TOLERANCE, errors)
+
+
+def _error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    if got.shape != wanted.shape:
+        return math.inf
+    if not wanted.is_floating_point():
+        return 0.0 if torch.equal(got, wanted) else math.inf
+    if got.numel() == 0:
+        return 0.0
+    if not bool(torch.isfinite(wanted).all()):
+        if not torch.equal(torch.isfinite(got), torch.isfinite(wanted)):
+            return math.inf
+        got, wanted = got[torch.isfinite(wanted)], wanted[torch.isfinite(wanted)]
+    difference = float((got - wanted).abs().max()) if got.numel() else 0.0
+    scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+    return difference / scale if scale else difference
+
+
+def require(proof: Proof, name: str) -> None:
+    """Refuse a result that was not proven.
+
+    Raises:
+        ProofError: the deviation is above the tolerance.
+    """
+    if not proof.passed:
+        raise ProofError(
+            f"{name}: the cut model deviates from the masked original by {proof.max_error:.2e} (relative, float64), "
+            f"more than {proof.tolerance:.0e}.\n  Nothing is returned and the model is unchanged. This is a fault of secateur: "
+            "please report the model; ignore= the layers involved to go on without them."
+        )

@@ -1,0 +1,112 @@
+"""The Plan: who stays. The one value that crosses every border; pure data, no model, no files."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from secateur.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-accumulates of one forward pass, number of parameters, bytes of parameters and buffers."""
+
+    macs: int
+    params: int
+    bytes: int
+
+    def of(self, dense: Cost) -> dict[str, float]:
+        """Each figure as a percentage of the dense model's."""
+        return {k: 100.0 * v / max(1, getattr(dense, k)) for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """For every group one boolean per unit: True stays.
+
+    Attributes:
+        keep: group name -> bool tensor (units,).
+        before: cost of the dense model.
+        after: cost predicted for the cut model; `measure` counts the same on it.
+        why: how it came about (score, targets, allocation, seed, versions): plain JSON values.
+    """
+
+    keep: Mapping[str, torch.Tensor]
+    before: Cost
+    after: Cost
+    why: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, mask in self.keep.items():
+            if mask.dtype != torch.bool or mask.dim() != 1:
+                raise PlanError(
+                    f"group {name!r}: keep is {mask.dtype} of shape {tuple(mask.shape)}, but a plan holds one bool per unit.\n"
+                    "  Pass a 1-d torch.bool tensor (True stays)."
+                )
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Plan)
+            and self.keep.keys() == other.keep.keys()
+            and all(torch.equal(m, other.keep[n]) for n, m in self.keep.items())
+            and (self.before, self.after, dict(self.why)) == (other.before, other.after, dict(other.why))
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # holds tensors
+
+    @property
+    def removed(self) -> dict[str, int]:
+        """Units removed, for the groups that lose any."""
+        return {n: int((~m).sum()) for n, m in self.keep.items() if not bool(m.all())}
+
+    def then(self, other: Plan) -> Plan:
+        """The plan that cuts at once what `self` and then, on the smaller model, `other` cut.
+
+        Raises:
+            PlanError: `other` was not made for the model that `self` leaves.
+        """
+        keep = dict(self.keep)
+        for name, later in other.keep.items():
+            if name not in keep:
+                raise PlanError(f"group {name!r} of the second plan is not in the first.\n  Trace the cut model with the same ignore=.")
+            first = keep[name]
+            if int(first.sum()) != len(later):
+                raise PlanError(
+                    f"group {name!r}: the first plan leaves {int(first.sum())} units, the second decides on {len(later)}.\n"
+                    "  Trace the model that the first plan cut, and plan on that."
+                )
+            both = first.clone()
+            both[first] = later
+            keep[name] = both
+        return Plan(keep, self.before, other.after, {"first": dict(self.why), "then": dict(other.why)})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; masks as base64 of packed bits, most significant bit first."""
+        keep = {
+            n: {"units": len(m), "bits": base64.b64encode(np.packbits(m.numpy()).tobytes()).decode()} for n, m in self.keep.items()
+        }
+        return {"keep": keep, "before": asdict(self.before), "after": asdict(self.after), "why": dict(self.why)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_json`.
+
+        Raises:
+            PlanError: a field is missing or a mask is shorter than its units.
+        """
+        try:
+            keep = {}
+            for name, m in data["keep"].items():
+                bits = np.unpackbits(np.frombuffer(base64.b64decode(m["bits"]), np.uint8))
+                if not m["units"] <= len(bits) < m["units"] + 8:
+                    raise ValueError(f"group {name!r} says {m['units']} units and carries {len(bits)} bits")
+                keep[name] = torch.from_numpy(bits[: m["units"]].astype(bool))
+            return cls(keep, Cost(**data["before"]), Cost(**data["after"]), data["why"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"this is not a plan: {error}.\n  Write it again with Plan.to_json().") from error

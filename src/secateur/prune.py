@@ -1,0 +1,166 @@
+"""`prune()`: the stages in order, and nothing else."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from secateur import budget
+from secateur import score as criteria
+from secateur.budget.targets import Target
+from secateur.errors import DataError, InputError, ModelError
+from secateur.measure.count import count
+from secateur.measure.proof import Proof, prove, require
+from secateur.measure.run import at_rest, forward, shapes
+from secateur.plan import Cost, Plan
+from secateur.repair import batch_norm_statistics
+from secateur.surgery import Cut, cut
+from secateur.surgery.optimizer import migrate
+from secateur.trace import Graph, trace
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Result:
+    """What `prune` hands back.
+
+    Attributes:
+        model: the smaller model, in eval mode; an ordinary `nn.Module`.
+        plan: who stayed, and why.
+        proof: how far the cut model is from the masked original, before any repair.
+        before, after: cost counted on the dense and on the cut model.
+        graph: the trace of the dense model.
+        cut: how the cut was made.
+        notes: what the user should know (ops without a rule, a graph handed back, ...).
+    """
+
+    model: nn.Module
+    plan: Plan
+    proof: Proof
+    before: Cost
+    after: Cost
+    graph: Graph
+    cut: Cut
+    notes: list[str] = field(default_factory=list)
+    dense: nn.Module | None = field(default=None, repr=False)
+
+    def migrate(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """An optimizer of the same class for the cut model: same settings, its state (momentum ...) cut alike."""
+        if self.dense is None:
+            raise InputError("this result was loaded from a folder: the dense model that the optimizer belongs to is not known.")
+        return migrate(optimizer, self.dense, self.model, self.cut)
+
+
+def prune(
+    model: nn.Module,
+    args: tuple,
+    *targets: Target,
+    data: Iterable[Any] | None = None,
+    score: str | Callable | Mapping[str, torch.Tensor] = "l2",
+    allocation: str = "global",
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    kwargs: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Trace, score, plan, cut, prove, and re-estimate BatchNorm where data is given. `model` is never changed.
+
+    Args:
+        model: a trained module.
+        args, kwargs: example inputs, as the model is called. MACs are those of this call. A batch of two or more keeps the
+            batch size free where the result is a rewritten graph.
+        targets: `MACs`, `Params`, `Bytes`; all are met.
+        data: batches (a tensor, `(inputs, labels)`, or a dict of keyword inputs) for BatchNorm statistics.
+        score: "l1", "l2", "bn_scale", "random", a function `(graph, model, seed)`, or {group: numbers}.
+        allocation: "global" or "uniform".
+        ignore: names or patterns of modules, parameters or groups that keep their shape.
+        progress: called with the name of each stage as it starts.
+
+    Raises:
+        CaptureError, InputError, ModelError, DataError, TargetError, CutError, ProofError: see `secateur.errors`; in every
+            case nothing was changed.
+    """
+    say = progress or (lambda stage: None)
+    kwargs = dict(kwargs or {})
+    check(model, args, kwargs)
+    say("trace")
+    graph = trace(model, args, kwargs, ignore=ignore)
+    say("score")
+    scores = criteria.score(graph, model, score, seed)
+    say("plan")
+    plan = _explained(budget.plan(graph, scores, *targets, allocation=allocation), score, seed)
+    say("cut")
+    done = cut(model, graph, plan)
+    say("prove")
+    proof = prove(model, graph, plan.keep, done.model)
+    require(proof, type(model).__name__)
+    if data is not None:
+        say("repair")
+        batch_norm_statistics(done.model, batches(data, args))
+    before, after = count(model, args, kwargs), count(done.model, args, kwargs)
+    notes = list(dict.fromkeys([*graph.notes, *done.notes]))
+    if done.how == "graph":
+        notes.insert(0, f"handed back as a rewritten graph, because the class could not follow: {done.why}")
+    if after != plan.after:
+        notes.append(f"the plan predicted {plan.after}, the cut model counts {after}: an op without a rule takes part")
+    return Result(done.model, plan, proof, before, after, graph, done, notes, model)
+
+
+def check(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what could only fail later and worse: inputs that do not run, weights that are not finite.
+
+    Raises:
+        InputError: `args` is no tuple, the model does not run on the inputs.
+        ModelError: no parameters, NaN or infinite parameters, or parameters on the meta device.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module.\n  Pass the module itself.")
+    if not isinstance(args, (tuple, list)):
+        raise InputError(f"args is a {type(args).__name__}; it holds the positional inputs.\n  Pass a tuple: prune(model, (x,), ...).")
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise ModelError(f"{type(model).__name__} has no parameters, so there is nothing to prune.")
+    for name, p in parameters.items():
+        if p.device.type == "meta":
+            raise ModelError(f"parameter {name!r} is on the meta device and has no values.\n  Load the weights; `trace` and `plan` work without.")
+        if not bool(torch.isfinite(p).all()):
+            bad = int((~torch.isfinite(p)).sum())
+            raise ModelError(f"parameter {name!r} holds {bad} values of {p.numel()} that are NaN or infinite.\n  Load sound weights first.")
+    device = next(iter(parameters.values())).device
+    for leaf in tree_leaves((tuple(args), dict(kwargs))):
+        if isinstance(leaf, torch.Tensor) and leaf.device != device:
+            raise InputError(f"an input of {shapes(tuple(args), kwargs)} is on {leaf.device}, the model on {device}.\n  Move one to the other.")
+    with at_rest(model):
+        forward(model, tuple(args), kwargs)
+
+
+def batches(data: Iterable[Any], args: tuple) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """Each item of `data` as (args, kwargs): of a tuple as many leading entries as the model has positional inputs.
+
+    Raises:
+        DataError: an item that holds no input.
+    """
+    for item in data:
+        if isinstance(item, torch.Tensor):
+            yield (item,), {}
+        elif isinstance(item, Mapping):
+            yield (), dict(item)
+        elif isinstance(item, (tuple, list)) and item:
+            yield tuple(item[: max(1, len(args))]), {}
+        else:
+            raise DataError(f"a batch is a {type(item).__name__}.\n  Give tensors, (inputs, labels) tuples, or dicts of keyword inputs.")
+
+
+def _explained(plan: Plan, score: Any, seed: int) -> Plan:
+    from secateur import __version__
+
+    name = score if isinstance(score, str) else getattr(score, "__name__", "given")
+    versions = {"secateur": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return replace(plan, why={**plan.why, "score": name, "seed": seed, "versions": versions})

@@ -1,0 +1,69 @@
+"""BatchNorm statistics of the cut model, estimated anew from data.
+
+After a cut every layer sees other inputs, so the running mean and variance of the dense model are wrong. They are
+replaced by the average over batches of what really arrives (Li et al. 2020, "EagleEye", calls it adaptive batch norm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from secateur.errors import DataError
+from secateur.trace.capture import evaluating
+
+_OPS = ("aten::native_batch_norm", "aten::_native_batch_norm_legit_no_training", "aten::cudnn_batch_norm")
+
+
+class _Collect(TorchDispatchMode):
+    """Normalises with the statistics of the batch and adds them up, per running-mean buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: dict[int, list] = {}  # id of the running mean -> [mean buffer, var buffer, sum of means, of variances, n]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name not in _OPS or args[3] is None:
+            return func(*args, **(kwargs or {}))
+        x, running_mean, running_var = args[0], args[3], args[4]
+        over = [d for d in range(x.dim()) if d != 1]
+        var, mean = torch.var_mean(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, over, correction=0)
+        n = x.numel() // x.shape[1]
+        row = self.sums.setdefault(id(running_mean), [running_mean, running_var, 0.0, 0.0, 0])
+        row[2] = row[2] + mean.double()
+        row[3] = row[3] + var.double() * (n / max(1, n - 1))
+        row[4] += 1
+        replaced = (*args[:3], mean.to(running_mean.dtype), var.to(running_var.dtype), *args[5:])
+        return func(*replaced, **(kwargs or {}))
+
+
+def batch_norm_statistics(model: nn.Module, batches: Iterable[tuple[tuple, Mapping]], progress: Callable[[int], None] | None = None) -> int:
+    """Re-estimate running means and variances in place, from batches of (args, kwargs).
+
+    Returns the number of batches used, 0 when the model has no batch norm with statistics. The statistics change
+    only at the end, after every batch ran.
+
+    Raises:
+        DataError: no batch, or one that gives non-finite statistics.
+    """
+    used = 0
+    collect = _Collect()
+    with torch.no_grad(), evaluating(model), collect:
+        for used, (args, kwargs) in enumerate(batches, 1):
+            model(*args, **kwargs)
+            if progress:
+                progress(used)
+            if not collect.sums:
+                break
+    if not used:
+        raise DataError("data holds no batch, so no batch-norm statistics can be estimated.\n  Pass at least one batch, or data=None.")
+    for mean, var, sum_mean, sum_var, n in collect.sums.values():
+        if not bool(torch.isfinite(sum_mean).all() and torch.isfinite(sum_var).all()):
+            raise DataError("a batch gives batch-norm statistics that are not finite.\n  Check the data for NaN and infinities.")
+        mean.copy_((sum_mean / n).to(mean.dtype))
+        var.copy_((sum_var / n).to(var.dtype))
+    return used if collect.sums else 0

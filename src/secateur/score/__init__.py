@@ -1,0 +1,38 @@
+"""Criteria: graph and weights -> one number per unit; what scores lowest goes first. They know nothing of budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from secateur.errors import InputError
+from secateur.score.bn_scale import bn_scale
+from secateur.score.chance import random
+from secateur.score.magnitude import l1, l2
+from secateur.trace import Graph
+
+CRITERIA: dict[str, Callable[..., dict[str, torch.Tensor]]] = {"l1": l1, "l2": l2, "bn_scale": bn_scale, "random": random}
+
+
+def score(graph: Graph, model: torch.nn.Module, by: str | Callable | Mapping[str, torch.Tensor] = "l2", seed: int = 0):
+    """Scores by the name of a criterion, by a function `(graph, model, seed)`, or as given.
+
+    Raises:
+        InputError: an unknown name, or scores that do not fit the groups or hold NaN.
+    """
+    if isinstance(by, str):
+        if by not in CRITERIA:
+            raise InputError(f"unknown criterion {by!r}.\n  There are: {', '.join(CRITERIA)}.")
+        by = CRITERIA[by]
+    found = by(graph, model, seed) if callable(by) else dict(by)
+    for name, group in graph.groups.items():
+        if name not in found or tuple(found[name].shape) != (group.size,):
+            have = tuple(found[name].shape) if name in found else "none"
+            raise InputError(f"group {name!r} has {group.size} units and its scores have shape {have}.\n  Give one number per unit.")
+        if bool(torch.isnan(found[name]).any()):
+            raise InputError(f"the scores of group {name!r} hold NaN.\n  Check the weights of {group.slots[0].tensor!r}.")
+    return found
+
+
+__all__ = ["CRITERIA", "bn_scale", "l1", "l2", "random", "score"]

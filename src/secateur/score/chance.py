@@ -1,0 +1,14 @@
+"""Random scores: the baseline every criterion has to beat."""
+
+from __future__ import annotations
+
+import torch
+
+from secateur.score.magnitude import Scores
+from secateur.trace import Graph
+
+
+def random(graph: Graph, model: torch.nn.Module | None = None, seed: int = 0) -> Scores:
+    """Uniform numbers from `seed`; works without weights (meta device)."""
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.rand(g.size, generator=generator, dtype=torch.float64) for n, g in graph.groups.items()}

@@ -1,0 +1,146 @@
+"""Carry out a plan on a copy of the model. The model that was given is never touched."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from secateur.axes import Axis, mask
+from secateur.errors import CutError
+from secateur.plan import Plan
+from secateur.surgery import attributes
+from secateur.surgery.attributes import Edit
+from secateur.surgery.oplog import first_difference, run_logged
+from secateur.surgery.predict import Prediction, cut_tensor, predict
+from secateur.trace import Graph
+from secateur.trace.capture import evaluating
+
+
+@dataclass
+class Cut:
+    """A cut model and how it was made.
+
+    Attributes:
+        model: an ordinary smaller module.
+        how: "attributes" (the user's own class, with tensors and attributes set) or "graph" (the captured graph with its
+            constants rewritten, a `torch.fx.GraphModule`, because the class could not follow).
+        why: what stood in the way of "attributes", '' where nothing did.
+        edits: attributes that took a new value.
+        kept: state name -> per dimension the kept positions (None where all stay); for optimizers and masks.
+        predicted: the predicted graph, which `model` was compared with.
+    """
+
+    model: nn.Module
+    how: str
+    why: str
+    edits: list[Edit]
+    kept: dict[str, list[np.ndarray | None]]
+    predicted: nn.Module
+    notes: list[str] = field(default_factory=list)
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by name, non-persistent buffers and tied names included; the tensors themselves."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def cut(model: nn.Module, graph: Graph, plan: Plan) -> Cut:
+    """The model without the units that `plan` drops.
+
+    Args:
+        model: the module that `graph` was traced from, with its weights. Unchanged.
+        graph: its trace.
+        plan: made for this graph.
+
+    Raises:
+        PlanError: the plan does not belong to the graph.
+        CutError: the predicted graph does not run; nothing was changed.
+    """
+    keep = graph.keep_axes(plan.keep)
+    state = state_of(model)
+    prediction = predict(graph, keep, state)
+    args, kwargs = graph.capture.program.example_inputs
+    try:
+        wanted, log = run_logged(prediction.module, args, kwargs)
+    except Exception as error:
+        raise CutError(
+            f"the predicted graph of {type(model).__name__} does not run: {error}.\n  Nothing was changed. "
+            "This is a fault of secateur: please report the model; ignore= the layers named above to go on without them."
+        ) from error
+    kept = _kept(graph, keep)
+    trial, edits, why = _by_attributes(model, graph, keep, prediction, state)
+    if not why:
+        why = _disagreement(trial, args, kwargs, wanted, log)
+    if why:
+        return Cut(prediction.module, "graph", why, [], kept, prediction.module)
+    return Cut(trial, "attributes", "", edits, kept, prediction.module)
+
+
+def _kept(graph: Graph, keep: dict[Axis, np.ndarray]) -> dict[str, list[np.ndarray | None]]:
+    out = {}
+    for name, dims in graph.tensors.items():
+        masks = [mask(d, keep) for d in dims]
+        if not all(m.all() for m in masks):
+            out[name] = [None if m.all() else np.flatnonzero(m) for m in masks]
+    return out
+
+
+def _by_attributes(model: nn.Module, graph: Graph, keep, prediction: Prediction, state) -> tuple[nn.Module, list[Edit], str]:
+    """A copy of `model` with cut tensors and attributes; the last value says why that cannot be (or '')."""
+    try:
+        trial = copy.deepcopy(model).eval()
+    except Exception as error:  # a model that cannot be copied is still a model that can be cut as a graph
+        return model, [], f"the model cannot be copied ({error})"
+    new: dict[str, torch.Tensor] = {}
+    for name, dims in graph.tensors.items():
+        if name in state and any(not mask(d, keep).all() for d in dims):
+            new[name] = cut_tensor(state[name], dims, keep)
+    new.update({name: value for name, value in prediction.indices.items() if name in state})
+    for name, tensor in new.items():
+        names = [name, *(a for a, first in graph.capture.aliases.items() if first == name)]
+        replace(trial, names, tensor, state[name])
+    edits = attributes.propose(trial, prediction.changed, attributes.parameter_shapes(state, new))
+    attributes.apply(trial, edits)
+    return trial, edits, ""
+
+
+def replace(model: nn.Module, names: list[str], tensor: torch.Tensor, like: torch.Tensor) -> None:
+    """Put `tensor` where the state names say, one object under all of them."""
+    value = nn.Parameter(tensor, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else tensor
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if leaf in owner._parameters or leaf in owner._buffers:
+            setattr(owner, leaf, value)
+
+
+def _disagreement(trial: nn.Module, args: tuple, kwargs: dict, wanted: Any, log: list) -> str:
+    """Why the cut module is not what the graph predicts; '' where it is."""
+    try:
+        with evaluating(trial):
+            got, own = run_logged(trial, args, kwargs)
+    except Exception as error:  # any error of the user's forward means that its numbers do not fit
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"forward() does not fit the cut sizes ({lines[0][:200]})"
+    difference = first_difference(own, log)
+    if difference:
+        return difference
+    for a, b in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
+        if isinstance(a, torch.Tensor) and a.device.type != "meta" and not _close(a, b):
+            return "the module's output differs from that of the predicted graph"
+    return ""
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return bool(torch.equal(a, b))
+    loose = 1e-3 if a.dtype in (torch.float32, torch.float64) else 0.1
+    return bool(torch.allclose(a.double(), b.double(), rtol=loose, atol=loose * float(b.double().abs().max() + 1e-30), equal_nan=True))

@@ -1,0 +1,51 @@
+"""What a module really runs: its arithmetic with the shapes it sees, as a list that two modules can be compared by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+# Ops that carry the arithmetic of a network. Views, casts, masks and factories are left out: Python may reach the
+# same numbers through other views than the captured graph does.
+_ARITHMETIC = frozenset(
+    "convolution _convolution mm addmm bmm baddbmm mv addmv dot native_batch_norm native_layer_norm native_group_norm "
+    "_fused_rms_norm _softmax embedding lstm gru mkldnn_rnn_layer _grouped_mm mean sum linalg_vector_norm _weight_norm "
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math max_pool2d_with_indices "
+    "_adaptive_avg_pool2d avg_pool2d upsample_bilinear2d upsample_nearest2d".split()
+)
+Row = tuple[str, tuple]
+
+
+class OpLog(TorchDispatchMode):
+    """Records (op, shapes of its tensor arguments)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Row] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if name in _ARITHMETIC:
+            flat, _ = tree_flatten((args, kwargs or {}))
+            self.rows.append((name, tuple(tuple(a.shape) for a in flat if isinstance(a, torch.Tensor))))
+        return func(*args, **(kwargs or {}))
+
+
+def run_logged(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[Any, list[Row]]:
+    """Outputs and op log of one forward without gradients."""
+    with torch.no_grad(), OpLog() as log:
+        out = model(*args, **kwargs)
+    return out, log.rows
+
+
+def first_difference(a: list[Row], b: list[Row]) -> str | None:
+    """Where two logs part, in words; None where they agree."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return f"op {i}: the module runs {x[0]}{list(x[1])}, the graph predicts {y[0]}{list(y[1])}"
+    if len(a) != len(b):
+        return f"the module runs {len(a)} arithmetic ops, the graph predicts {len(b)}"
+    return None

@@ -1,0 +1,51 @@
+"""An optimizer's state follows the cut: momentum and second moments lose what their parameters lost."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import InputError
+from secateur.surgery.cut import Cut
+
+
+def migrate(optimizer: torch.optim.Optimizer, dense: nn.Module, model: nn.Module, done: Cut) -> torch.optim.Optimizer:
+    """An optimizer of the same class over the parameters of `model`; the one that was given is not changed.
+
+    State tensors shaped like their parameter are cut like it, all others are copied.
+
+    Raises:
+        InputError: the optimizer holds a parameter that is not one of the dense model's.
+    """
+    names = {id(p): n for n, p in dense.named_parameters()}
+    new = dict(model.named_parameters())
+    groups = []
+    for group in optimizer.param_groups:
+        own = []
+        for p in group["params"]:
+            if id(p) not in names:
+                raise InputError(
+                    f"the optimizer holds a parameter of shape {tuple(p.shape)} that is not one of the dense model's.\n"
+                    "  Pass the optimizer that trained the model you pruned."
+                )
+            if names[id(p)] in new:
+                own.append(new[names[id(p)]])
+        groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": own})
+    fresh = type(optimizer)(groups, **optimizer.defaults)
+    for p, state in optimizer.state.items():
+        name = names[id(p)]
+        if name in new:
+            fresh.state[new[name]] = {k: _cut(v, p, done.kept.get(name)) for k, v in state.items()}
+    return fresh
+
+
+def _cut(value: Any, parameter: torch.Tensor, kept: list | None) -> Any:
+    if not isinstance(value, torch.Tensor) or kept is None or value.shape != parameter.shape:
+        return value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+    for d, index in enumerate(kept):
+        if index is not None:
+            value = value.index_select(d, torch.from_numpy(index).to(value.device))
+    return value

@@ -1,0 +1,73 @@
+"""LSTM, GRU, RNN. Gates are stacked on the first dimension of each weight: gates x hidden. One hidden size serves
+all layers and directions, because `nn.LSTM` has one."""
+
+from __future__ import annotations
+
+from secateur.axes import Dim, add, factor, resolve, unify
+from secateur.trace.call import Call, Dims, Value
+
+
+def recurrent(gates: int):
+    def rule(t, c: Call) -> Value:
+        x = c.dims("input")
+        hx = c.dims_list("hx") if isinstance(c["hx"], (list, tuple)) else [c.dims("hx")]
+        params = c.dims_list("params")
+        layers, both = c["num_layers"], 2 if c["bidirectional"] else 1
+        per = len(params) // (layers * both)
+        projected = gates == 4 and hx[0][-1].size != hx[1][-1].size
+        hidden: Dim | None = None
+        feed: Dim = x[-1]
+        for layer in range(layers):
+            outs = []
+            for d in range(both):
+                own = params[(layer * both + d) * per : (layer * both + d + 1) * per]
+                hidden = _cell(t, c, own, feed, hidden, gates)
+                outs.append(own[-1][0] if projected else hidden)
+            feed = _join(outs)
+        assert hidden is not None
+        output = outs[0]
+        for h in hx:
+            t.freeze(h[:1], c.reason("layers and directions"))
+        for o in outs:
+            unify(hx[0][-1], o)
+        if len(hx) > 1:
+            unify(hx[1][-1], hidden)
+        states = [(*h[:-1], resolve(h[-1])) for h in hx]
+        t.freeze(x[:-1], c.reason("time and batch of a recurrent layer"))
+        for a in range(layers * both):  # the state of every layer has the same width
+            for p in params[a * per : (a + 1) * per][1:2]:
+                unify(p[1], output)
+        return [(*x[:-1], _join([resolve(o) for o in outs])), *states]
+
+    return rule
+
+
+def _join(outs: list[Dim]) -> Dim:
+    return add([resolve(o) for o in outs])
+
+
+def _cell(t, c: Call, own: list[Dims], feed: Dim, hidden: Dim | None, gates: int) -> Dim:
+    w_ih, w_hh = own[0], own[1]
+    unify(w_ih[1], feed)
+    for w in own[: 4 if c["has_biases"] else 2]:
+        if gates > 1:
+            g, h = factor(w[0], w[0].size // gates)
+            t.freeze((g,), c.reason("the gates of a recurrent layer"))
+        else:
+            h = w[0]
+        if hidden is None:
+            hidden = h
+        else:
+            unify(hidden, h)
+    assert hidden is not None
+    if len(own) in (3, 5):  # a projection: w_hr (proj, hidden)
+        unify(own[-1][1], hidden)
+    steps = c.dims("input")[:-1]
+    t.macs(c, (*steps, w_ih[0], w_ih[1]))
+    t.macs(c, (*steps, w_hh[0], w_hh[1]))
+    if len(own) in (3, 5):
+        t.macs(c, (*steps, own[-1][0], own[-1][1]))
+    return resolve(hidden)
+
+
+RULES = {"lstm": recurrent(4), "gru": recurrent(3), "rnn_tanh": recurrent(1), "rnn_relu": recurrent(1)}

@@ -1,0 +1,181 @@
+"""Walks the captured graph once, applies the rule of every op, and freezes what must keep its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from secateur.axes import ONE, Axis, Dim, constant, freeze, unify
+from secateur.errors import InputError
+from secateur.trace.call import Call, Dims, Value, module_of, op_name, shape_of, tensors_in
+from secateur.trace.capture import Capture, capture
+from secateur.trace.graph import Graph, Term, find_groups
+from secateur.trace.rules import RULES
+
+KNOWN_ELEMENTS = 1 << 20  # constants up to this many elements are evaluated to see whether they are permutations
+
+
+class Tracer:
+    """What a rule may do besides unifying: freeze, count multiply-accumulates, look up constants."""
+
+    def __init__(self, captured: Capture):
+        self.capture = captured
+        self.env: dict[fx.Node, Value] = {}
+        self.terms: list[Term] = []
+        self.notes: list[str] = []
+        self._known: dict[fx.Node, Any] = {}
+
+    def freeze(self, dims: Iterable[Dim], reason: str) -> None:
+        for d in dims:
+            freeze(d, reason)
+
+    def macs(self, c: Call, dims: Dims) -> None:
+        self.terms.append(Term(c.module, c.op, tuple(dims)))
+
+    def opaque(self, c: Call, why: str) -> Value:
+        """The honest answer for an op nobody described: everything it touches stays whole."""
+        for dims in c.tensors():
+            self.freeze(dims, c.reason(why))
+        return c.constants(why)
+
+    def known(self, node: Any) -> Any:
+        """The value of a node that depends on constants alone, as a numpy array; None otherwise."""
+        value = self._constant(node)
+        return value.numpy() if isinstance(value, torch.Tensor) else None
+
+    def _constant(self, node: Any) -> Any:
+        if not isinstance(node, fx.Node):
+            return node
+        if node in self._known:
+            return self._known[node]
+        value = None
+        meta = node.meta.get("val")
+        small = isinstance(meta, torch.Tensor) and not meta.is_floating_point() and meta.numel() <= KNOWN_ELEMENTS
+        if node.op == "placeholder" and small:
+            name = self.capture.tensors.get(node.name)
+            found = self.capture.values.get(name) if name and name not in self.capture.trainable else None
+            value = found.detach() if isinstance(found, torch.Tensor) and found.device.type == "cpu" else None
+        elif node.op == "call_function" and small:
+            inputs = {n: self._constant(n) for n in node.all_input_nodes}
+            if all(v is not None for v in inputs.values()):
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: inputs[n])
+                value = node.target(*args, **kwargs)
+        self._known[node] = value
+        return value
+
+    # ------------------------------------------------------------ the walk
+    def run(self) -> None:
+        for node in self.capture.graph.nodes:
+            if node.op == "placeholder":
+                self.env[node] = self._placeholder(node)
+            elif node.op == "call_function":
+                self.env[node] = self._call(node)
+            elif node.op == "output":
+                for n in node.all_input_nodes:
+                    for dims in tensors_in(self.env.get(n)):
+                        self.freeze(dims, "the model's output")
+
+    def _placeholder(self, node: fx.Node) -> Value:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return None
+        if node.name in self.capture.tensors:
+            return tuple(Axis(s) if s != 1 else ONE for s in shape_of(value))
+        return tuple(constant(s, "the model's input") for s in shape_of(value))
+
+    def _call(self, node: fx.Node) -> Value:
+        if op_name(node) == "getitem":
+            source = self.env.get(node.args[0])
+            return source[node.args[1]] if isinstance(source, list) else None
+        c = Call(node, self.env)
+        rule = RULES.get(c.op)
+        if rule is None:
+            if node.meta.get("val") is None or not any(True for _ in c.tensors()):
+                return c.constants("an op without a rule")
+            self.notes.append(f"{c.op} in {module_of(node)!r} has no rule: what it touches keeps its shape")
+            return self.opaque(c, "an op without a rule")
+        try:
+            return self._checked(c, rule(self, c))
+        except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+            self.notes.append(f"{c.op} in {module_of(node)!r}: its rule does not fit this use ({error})")
+            return self.opaque(c, f"a use the rule does not know: {error}")
+
+    def _checked(self, c: Call, value: Value) -> Value:
+        """A rule that got a size wrong is a rule that does not know this use."""
+        outputs = c.node.meta.get("val")
+        pairs = [(value, outputs)] if isinstance(value, tuple) else zip(value or (), outputs or (), strict=False)
+        for dims, tensor in pairs:
+            if isinstance(dims, tuple) and isinstance(tensor, torch.Tensor) and [d.size for d in dims] != shape_of(tensor):
+                raise ValueError(f"sizes {[d.size for d in dims]} where the op gives {shape_of(tensor)}")
+        return value
+
+
+def trace(model: nn.Module, args: tuple, kwargs: Mapping | None = None, *, ignore: Sequence[str] = ()) -> Graph:
+    """Find every axis of every tensor in `model`, and what must be cut together.
+
+    Args:
+        model: any module `torch.export` can capture; also on the meta device. It is not changed.
+        args, kwargs: example inputs, as the model is called.
+        ignore: names or shell patterns of modules, parameters or groups that keep their shape.
+
+    Raises:
+        CaptureError: the model cannot be captured; the message names the line.
+        InputError: a pattern of `ignore` matches nothing.
+    """
+    captured = capture(model, args, kwargs)
+    return analyse(captured, model, ignore)
+
+
+def analyse(captured: Capture, model: nn.Module, ignore: Sequence[str] = ()) -> Graph:
+    """The axes of a captured model (`trace` without the export)."""
+    tracer = Tracer(captured)
+    tracer.run()
+    tensors: dict[str, Dims] = {}
+    for node in captured.graph.nodes:
+        if node.op == "placeholder" and node.name in captured.tensors:
+            name = captured.tensors[node.name]
+            name = captured.aliases.get(name, name)
+            dims = tracer.env[node]
+            for a, b in zip(tensors.setdefault(name, dims), dims, strict=True):
+                unify(a, b)
+    graph = Graph(captured, tracer.env, tracer.terms, tensors, _sizes(model), notes=tracer.notes)
+    for pattern in ignore:
+        _ignore(graph, model, pattern)
+    find_groups(graph)
+    return graph
+
+
+def _sizes(model: nn.Module) -> dict[str, tuple[int, int, bool]]:
+    out = {n: (p.numel(), p.element_size(), True) for n, p in model.named_parameters()}
+    out.update({n: (b.numel(), b.element_size(), False) for n, b in model.named_buffers()})
+    return out
+
+
+def _ignore(graph: Graph, model: nn.Module, pattern: str) -> None:
+    """Freeze every dimension of the tensors named by `pattern`: a tensor, a module, or a group of this model."""
+    found = False
+    names = [*graph.tensors, *graph.capture.aliases]
+    for name in names:
+        parts = name.split(".")
+        prefixes = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        if any(fnmatchcase(p, pattern) for p in prefixes):
+            found = True
+            tensor = graph.capture.aliases.get(name, name)
+            for d in graph.tensors.get(tensor, ()):
+                freeze(d, f"ignored by {pattern!r}")
+    if not found:
+        trial = Graph(graph.capture, graph.env, graph.terms, graph.tensors, graph.sizes)
+        find_groups(trial)
+        for name, axis in trial.axes.items():
+            if fnmatchcase(name, pattern):
+                found = True
+                freeze(axis, f"ignored by {pattern!r}")
+    if not found and not any(fnmatchcase(n, pattern) for n, _ in model.named_modules()):
+        raise InputError(
+            f"ignore={pattern!r} matches no module, parameter or group of {type(model).__name__}.\n"
+            f"  Modules are named like {next((n for n, _ in model.named_modules() if n), '')!r}; `secateur inspect` lists the groups."
+        )
