@@ -1,0 +1,147 @@
+"""Seconds to trace, plan and cut, beside Torch-Pruning in one run; windows and grids; seven billion weights on meta.
+
+Run as `python -m benchmarks.speed_vs_torch_pruning`; writes `benchmarks/results/speed.json`. Rounds of the two
+libraries alternate, medians are reported, one thread. Each measurement builds a fresh model outside the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.zoo import catalogue, guard, torch_pruning
+from benchmarks.zoo.timing import exports
+
+RESULTS = Path(__file__).parent / "results"
+HALF = "50%"
+WINDOWED = ("torchvision/swin_t", "torchvision/maxvit_t")
+
+
+def ours(model: nn.Module, args: tuple[Tensor, ...]) -> dict[str, float]:
+    """Seconds of each stage of secateur, and of all three together (the proof is apart: nobody else makes one)."""
+    import secateur as sc
+
+    with exports() as export:
+        start = time.perf_counter()
+        graph = sc.trace(model, args)
+        traced = time.perf_counter()
+        in_trace = sum(export)
+        plan = sc.plan(graph, sc.score.l2(graph, model), sc.MACs(at_most=HALF), allocation="global")
+        planned = time.perf_counter()
+        cut = sc.cut(model, graph, plan)
+        end = time.perf_counter()
+    proof = time.perf_counter()
+    sc.prove(model, graph, plan, cut)
+    return {
+        "export": in_trace,
+        "axes": traced - start - in_trace,
+        "plan": planned - traced,
+        "cut": end - planned,
+        "all": end - start,
+        "proof": time.perf_counter() - proof,
+    }
+
+
+def theirs(name: str, model: nn.Module, args: tuple[Tensor, ...]) -> dict[str, float]:
+    """Seconds of Torch-Pruning: dependency graph, pruner and step."""
+    heads, _ = torch_pruning.attention(model)
+    layers = torch_pruning.ignored(name, model, model(*args))
+    import torch_pruning as tp
+
+    start = time.perf_counter()
+    importance = tp.importance.MagnitudeImportance(p=2)
+    options: dict[str, Any] = {"ignored_layers": layers, "num_heads": heads}
+    tp.pruner.BasePruner(model, args, importance=importance, pruning_ratio=0.5, **options).step()
+    return {"all": time.perf_counter() - start}
+
+
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The median of every key."""
+    return {key: round(statistics.median(row[key] for row in rows), 4) for key in rows[0]}
+
+
+def side_by_side(name: str, rounds: int) -> dict[str, Any]:
+    """Alternate the two libraries on one model; the first round of each warms up and does not count."""
+    rows: dict[str, list[dict[str, float]]] = {"secateur": [], "torch_pruning": []}
+    for index in range(rounds + 1):
+        for tool in rows:
+            example = catalogue.find(name).build()
+            args = (torch.randn(1, 3, 224, 224),)
+            run: Callable[[], dict[str, float]] = lambda m=example.model, a=args: ours(m, a)
+            if tool == "torch_pruning":
+                run = lambda m=example.model, a=args: theirs(name, m, a)
+            seconds = run()
+            if index:
+                rows[tool].append(seconds)
+            print(name, tool, {k: round(v, 3) for k, v in seconds.items()}, flush=True)
+    a, b = medians(rows["secateur"]), medians(rows["torch_pruning"])
+    spread = {t: [round(min(r["all"] for r in rs), 3), round(max(r["all"] for r in rs), 3)] for t, rs in rows.items()}
+    return {"model": name, "rounds": rounds, "secateur": a, "torch_pruning": b, "range_all": spread,
+            "ratio": round(b["all"] / a["all"], 2)}  # fmt: skip
+
+
+def windowed(name: str, out: Path) -> None:
+    """One model alone in this process: seconds of each stage."""
+    example = catalogue.find(name).build()
+    guard.write(out, {"model": name, "seconds": {k: round(v, 3) for k, v in ours(example.model, example.args).items()}})
+
+
+def seven_billion(out: Path) -> None:
+    """A Llama of the default (7-billion) configuration on the meta device, traced and planned at half the MACs."""
+    import transformers
+
+    import secateur as sc
+
+    config = transformers.LlamaConfig(use_cache=False)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).eval()
+        tokens = torch.zeros(1, 16, dtype=torch.long)
+    with exports() as export:
+        start = time.perf_counter()
+        graph = sc.trace(model, (), {"input_ids": tokens, "use_cache": False})
+        traced = time.perf_counter()
+        in_export = sum(export)
+    # Weights on meta have no values, so the criterion that needs none.
+    plan = sc.plan(graph, sc.score.random(graph, model), sc.MACs(at_most=HALF), allocation="global")
+    planned = time.perf_counter()
+    kinds: dict[str, int] = {}
+    for group in graph.groups.values():
+        key = f"{group.size} x {group.kind}"
+        kinds[key] = kinds.get(key, 0) + 1
+    seconds = {"export": in_export, "axes": traced - start - in_export, "plan": planned - traced, "all": planned - start}
+    row: dict[str, Any] = {"model": "Llama 7B on meta", "sequence": 16, "groups": kinds}
+    row |= {"params": plan.before.params, "macs": plan.before.macs, "macs_after": plan.after.macs}
+    guard.write(out, row | {"seconds": {k: round(v, 3) for k, v in seconds.items()}})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS / "speed.json")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)  # internal: one measurement in its own process
+    parser.add_argument("row", nargs="?", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.alone:
+        seven_billion(options.row) if options.alone == "llama" else windowed(options.alone, options.row)
+        return
+    page: dict[str, Any] = {"threads": 1, "torch": torch.__version__, "python": sys.version.split()[0]}
+    limits = guard.Limits(seconds=300)
+    page["alone"] = [guard.run(__spec__.name, ["--alone", name], limits) for name in (*WINDOWED, "llama")]
+    print(json.dumps(page["alone"], indent=1), flush=True)
+    names = ("torchvision/resnet50", "torchvision/vit_b_16")
+    page["side_by_side"] = [side_by_side(name, options.rounds) for name in names]
+    options.out.write_text(json.dumps(page, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

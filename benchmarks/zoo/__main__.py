@@ -1,0 +1,5 @@
+"""`python -m benchmarks.zoo`: the coverage suite."""
+
+from benchmarks.zoo.run import main
+
+main()
