@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .data import Data, load_data
-from .folder import load, save
-from .source import LoadedModel, load_model
+from secateur.models.data import Data, load_data
+from secateur.models.folder import load, save
+from secateur.models.source import LoadedModel, load_model
 
 __all__ = ["Data", "LoadedModel", "load", "load_data", "load_model", "save"]

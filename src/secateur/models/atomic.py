@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import FormatError, InputError
+from secateur.errors import FormatError, InputError
 
 MARK = "plan.json"  # a folder without it is somebody else's
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DataError
-from .names import import_function
+from secateur.errors import DataError
+from secateur.models.names import import_function
 
 _IMAGE_KEYS = ("images", "image", "x", "inputs")
 _LABEL_KEYS = ("labels", "label", "y", "targets")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Batches, Data
+from secateur.models.data import Batches, Data
 
 
 class Block(nn.Module):

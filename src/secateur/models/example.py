@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from . import graph_file
+from secateur.errors import InputError
+from secateur.models import graph_file
 
 _SHAPE = re.compile(r"(?P<sizes>\d+(x\d+)*)(:(?P<dtype>\w+)(<(?P<high>\d+))?)?")
 _DTYPES = {"float32", "float16", "bfloat16", "float64", "int64", "int32", "int8", "uint8", "bool"}

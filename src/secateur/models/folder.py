@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import FormatError, InputError
-from . import graph_file, recipe
-from .atomic import MARK, backup, replace_folder, sha256
-from .example import describe, rebuild
+from secateur.errors import FormatError, InputError
+from secateur.models import graph_file, recipe
+from secateur.models.atomic import MARK, backup, replace_folder, sha256
+from secateur.models.example import describe, rebuild
 
 if TYPE_CHECKING:
-    from ..prune import Result
+    from secateur.prune import Result
 
 FORMAT = "secateur/1"
 TENSORS, GRAPH = "model.safetensors", "graph.json"
@@ -80,7 +80,7 @@ def save(result: Result, folder: str | Path) -> Path:
         "aliases": aliases,
         "before": asdict(result.before),
         "after": asdict(result.after),
-        "proof": proof_to_json(result.proof),
+        "proof": result.proof.to_json(),
         "plan": result.plan.to_json(),
     }
 
@@ -142,15 +142,6 @@ def read(folder: str | Path) -> Saved:
     tensors = _load_tensors(folder / TENSORS)
     _check_tensors(document, tensors)
     return Saved(folder, document, tensors)
-
-
-def proof_to_json(proof: Any) -> dict[str, Any]:
-    """The numbers of a proof."""
-    return {
-        "max_error": float(proof.max_error),
-        "tolerance": float(proof.tolerance),
-        "passed": bool(proof.passed),
-    }
 
 
 # ---------------------------------------------------------------- the parts of a folder

@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo  # the one way to give a graph its calling convention
 from torch.utils._pytree import treespec_dumps, treespec_loads
 
-from ..errors import FormatError
+from secateur.errors import FormatError
 
 _FUNCTIONS: dict[str, Callable] = {
     **{f"operator.{name}": getattr(operator, name) for name in (

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from secateur.errors import ModelError
+from secateur.models.vision import import_torchvision
 
 # What a small model of any type has, under every name the families use for it.
 _SMALL: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "intermediate_size": 128,
     "hidden_dim": 128, "d_ff": 128, "ffn_dim": 128, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
-    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "num_decoder_layers": 2, "encoder_layers": 2, "decoder_layers": 2,
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "d_kv": 16, "word_embed_proj_dim": 64,
-    "image_size": 32, "patch_size": 8, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4,
-    "moe_intermediate_size": 64, "max_position_embeddings": 64, "n_positions": 64, "max_source_positions": 20,
-    "max_target_positions": 16, "num_mel_bins": 16, "rotary_dim": 8, "state_size": 8,
+    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "num_decoder_layers": 2, "encoder_layers":
+    2, "decoder_layers": 2, "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "d_kv":
+    16, "word_embed_proj_dim": 64, "image_size": 32, "patch_size": 8, "num_local_experts": 4, "num_experts": 4,
+    "n_routed_experts": 4, "moe_intermediate_size": 64, "max_position_embeddings": 64, "n_positions": 64,
+    "max_source_positions": 20, "max_target_positions": 16, "num_mel_bins": 16, "rotary_dim": 8, "state_size": 8,
 }  # fmt: skip
 _TOKEN_LENGTH, _WAVE_LENGTH = 12, 2000
 
@@ -37,6 +38,8 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     except ImportError as error:
         raise ModelError("hf/... needs transformers, which is not installed.\n"
                          "  Install it: pip install transformers") from error  # fmt: skip
+    if transformers.utils.is_torchvision_available():
+        import_torchvision()  # transformers imports it too, and fails where its compiled operators do
     folder = Path(name)
     if (folder / "config.json").is_file():
         config, model = _from_folder(transformers, folder)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import SecateurError
+from secateur.errors import SecateurError
 
 
 def import_function(spec: str, kind: type[SecateurError], option: str) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ModelError
+from secateur.errors import ModelError
 
 _RAW = re.compile(r"(weight|tensor)_\d+")
 _OPERATOR = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?|(_operator|math)\.[a-z_]+|torch\.sym_\w+")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
-from ..measure import at_rest
+from secateur.errors import DataError
+from secateur.measure import at_rest
 
 
 def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:

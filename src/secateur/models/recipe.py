@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..errors import FormatError
-from ..trace.capture import evaluating
-from . import graph_file
+from secateur.errors import FormatError
+from secateur.models import graph_file
+from secateur.surgery.attributes import Edit
+from secateur.trace.capture import evaluating
 
 Dim = torch.export.Dim
 
@@ -101,10 +102,10 @@ def _restore(tensor: Tensor, facts: Mapping[str, Any]) -> Tensor:
 
 
 # ---------------------------------------------------------------- attributes and modes
-def edits_to_json(edits: Sequence[tuple[str, str, Any, Any]]) -> list[list[Any]]:
+def edits_to_json(edits: Sequence[Edit]) -> list[list[Any]]:
     """Module path, attribute, value before, value after; in JSON's types. Raises FormatError for exotic values."""
     try:
-        return [[path, name, graph_file.encode(old), graph_file.encode(new)] for path, name, old, new in edits]
+        return [[e.module, e.attribute, graph_file.encode(e.old), graph_file.encode(e.new)] for e in edits]
     except graph_file.CannotWrite as error:
         raise FormatError(f"An attribute the cut changed has no form in plan.json: {error}.\n"
                           "  Please report the model.") from error  # fmt: skip

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from . import hf, program, weights
-from .names import import_function
+from secateur.errors import ModelError
+from secateur.models import hf, program, vision, weights
+from secateur.models.names import import_function
 
 FORMS = (
     "pkg.mod:factory, file.py:factory, torchvision/NAME, timm/NAME, hf/TYPE or hf/FOLDER, FILE.pt2, or a saved folder"
@@ -56,14 +56,14 @@ def _build(spec: str) -> LoadedModel:
         module, args, kwargs = program.load_program(Path(spec))
         return LoadedModel(module, args, spec, kwargs)
     if (Path(spec) / "plan.json").is_file():
-        from .folder import load, read
+        from secateur.models.folder import load, read
 
         args, kwargs = read(spec).example_inputs()
         return LoadedModel(load(spec), args, spec, kwargs)
     if library == "torchvision" and name:
-        return _torchvision(name, spec)
+        return LoadedModel(*vision.torchvision_model(name, spec), spec)
     if library == "timm" and name:
-        return _timm(name, spec)
+        return LoadedModel(*vision.timm_model(name, spec), spec)
     if library == "hf" and name:
         model, kwargs = hf.build(name)
         return LoadedModel(model, (), spec, kwargs)
@@ -88,65 +88,6 @@ def _from_factory(spec: str) -> LoadedModel:
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
     return LoadedModel(model, tuple(inputs) if inputs is not None else None, spec)
-
-
-def import_torchvision() -> Any:
-    """torchvision, also where its compiled operators do not fit this torch: the classification and segmentation
-    models need none of them, but the import declares shapes for two, which then must exist."""
-    try:
-        import torchvision
-    except ImportError as error:
-        raise ModelError("torchvision/NAME needs torchvision, which is not installed.\n"
-                         "  Install it: pip install torchvision") from error  # fmt: skip
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                signature = f"torchvision::{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                torch.library.define(signature.split("(")[0], "(" + signature.split("(", 1)[1])
-        import torchvision
-    return torchvision
-
-
-def _torchvision(name: str, spec: str) -> LoadedModel:
-    models = import_torchvision().models
-    if name not in models.list_models():
-        raise ModelError(_unknown(spec, name, models.list_models()))
-    options: dict[str, Any] = {"weights": None}
-    group = models.get_model_builder(name).__module__.split(".")[2]
-    if group in ("segmentation", "detection"):
-        options["weights_backbone"] = None
-    model = models.get_model(name, **options)
-    if hasattr(model, "aux_logits"):  # a second head that only training uses
-        model.aux_logits = False
-    if group == "video":
-        return LoadedModel(model, (torch.randn(1, 3, 16, *((224, 224) if "mvit" in name else (112, 112))),), spec)
-    if group in ("detection", "optical_flow"):
-        return LoadedModel(model, None, spec)
-    side = {"inception_v3": 299, "vit_h_14": 224}.get(name, 224)
-    return LoadedModel(model, (torch.randn(1, 3, side, side),), spec)
-
-
-def _timm(name: str, spec: str) -> LoadedModel:
-    try:
-        import_torchvision()
-        import timm
-    except (ImportError, ModelError) as error:
-        raise ModelError("timm/NAME needs timm and torchvision, which are not both installed.\n"
-                         "  Install them: pip install timm torchvision") from error  # fmt: skip
-    if name not in timm.list_models():
-        raise ModelError(_unknown(spec, name, timm.list_models()))
-    model = timm.create_model(name, pretrained=False)
-    size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
-    return LoadedModel(model, (torch.randn(1, *size),), spec)
-
-
-def _unknown(spec: str, name: str, names: list[str]) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, names, 3) or names[:3]
-    return f"{spec}: there is no {name!r} among {len(names)} models.\n  Near it: {', '.join(close)}."
 
 
 def _exported(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from secateur.errors import ModelError
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "ema_state_dict")
 
