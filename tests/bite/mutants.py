@@ -16,12 +16,110 @@ class Mutant:
     tests: tuple[str, ...]
 
 
+# A few structures are enough to notice a wrong cut: `-x` stops at the first failure anyway.
+CUT = "tests/structures/test_structures.py::test_cut_is_the_masked_original"
+BUDGET = "tests/budget/test_budget.py"
+CRITERIA = "tests/score/test_criteria.py"
+PROOF = "tests/measure/test_proof.py"
+PRUNE = "tests/test_prune.py"
+
 MUTANTS: list[Mutant] = [
+    Mutant(
+        "score negated",
+        "secateur/score/__init__.py",
+        "    return found\n",
+        "    return {name: -values for name, values in found.items()}\n",
+        (f"{CRITERIA}::test_the_least_unit_goes_first",),
+    ),
+    Mutant(
+        "consumer keeps the wrong channels",
+        "secateur/surgery/predict.py",
+        "        kept = mask(d, keep)\n",
+        "        kept = mask(d, keep) if i == 0 else mask(d, keep)[::-1]\n",
+        (f"{PRUNE}::test_half_the_macs",),
+    ),
+    Mutant(
+        "batch-norm statistics misaligned",
+        "secateur/surgery/predict.py",
+        "        kept = mask(d, keep)\n",
+        "        kept = mask(d, keep) if isinstance(tensor, nn.Parameter) or tensor.dim() != 1 else mask(d, keep)[::-1]\n",
+        (f"{PROOF}::test_a_right_cut_is_proven",),
+    ),
+    Mutant(
+        "target overshot",
+        "secateur/budget/allocate.py",
+        "    return all(getattr(cost, t.figure) <= limit for t, limit in limits)\n",
+        "    return all(getattr(cost, t.figure) <= 1.01 * limit for t, limit in limits)\n",
+        (f"{BUDGET}::test_at_most_and_close",),
+    ),
+    Mutant(
+        "budget off by one unit",
+        "secateur/budget/allocate.py",
+        "    keep = _keep(scores, order[:low])\n",
+        "    keep = _keep(scores, order[: low + 1])\n",
+        (f"{BUDGET}::test_the_search_stops_at_the_first_plan_that_fits",),
+    ),
+    Mutant(
+        "keep polarity inverted",
+        "secateur/trace/graph.py",
+        "            out[self.axes[name]] = mask.numpy()\n",
+        "            out[self.axes[name]] = ~mask.numpy()\n",
+        (f"{CUT}[0-ConvChain]",),
+    ),
+    Mutant(
+        "reshape constants not rewritten",
+        "secateur/surgery/constants.py",
+        "        return {name: [v if v == -1 else n for v, n in zip(old, new, strict=True)]}\n\n    return rule\n\n\ndef _unflatten",
+        "        return {}\n\n    return rule\n\n\ndef _unflatten",
+        (f"{PRUNE}::test_half_the_macs",),
+    ),
+    Mutant(
+        "proof always passes",
+        "secateur/measure/proof.py",
+        "        return self.max_error <= self.tolerance\n",
+        "        return True\n",
+        (f"{PROOF}::test_one_wrong_tensor_is_noticed_and_refused",),
+    ),
+    Mutant(
+        "proof looks at the wrong plan",
+        "secateur/measure/proof.py",
+        "masked_outputs(graph, graph.keep_axes(keep), state",
+        "masked_outputs(graph, {}, state",
+        (f"{PROOF}::test_a_right_cut_is_proven",),
+    ),
     Mutant(
         "attention is not counted",
         "secateur/measure/count.py",
-        "return 2 * prod(outer) * length * key[-2] * (depth + value[-1])",
-        "return 0",
-        ("tests/measure/test_count.py",),
+        "    return 2 * prod(outer) * length * key[-2] * (depth + value[-1])\n",
+        "    return 0\n",
+        ("tests/measure/test_count.py::test_macs_by_hand",),
+    ),
+    Mutant(
+        "batch-norm re-estimation takes the wrong variance",
+        "secateur/repair/batch_norm.py",
+        "        var.copy_((sum_var / n).to(var.dtype))\n",
+        "        var.copy_((sum_var / n).roll(1).to(var.dtype))\n",
+        ("tests/repair/test_batch_norm.py",),
+    ),
+    Mutant(
+        "two plans composed in the wrong order",
+        "secateur/plan.py",
+        "            both[first] = later\n",
+        "            both[first] = later.flip(0)\n",
+        (f"{PRUNE}::test_then_is_one_cut",),
+    ),
+    Mutant(
+        "optimizer state not cut alike",
+        "secateur/surgery/optimizer.py",
+        "            value = value.index_select(d, torch.from_numpy(index).to(value.device))\n",
+        "            value = value.narrow(d, 0, len(index))\n",
+        (f"{PRUNE}::test_the_optimizer_follows",),
+    ),
+    Mutant(
+        "ignore is not obeyed",
+        "secateur/trace/tracer.py",
+        "            for d in graph.tensors.get(tensor, ()):\n                freeze(d, f\"ignored by {pattern!r}\")\n",
+        "",
+        (f"{PRUNE}::test_ignore_is_obeyed",),
     ),
 ]
