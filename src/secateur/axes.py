@@ -347,7 +347,9 @@ def unify(a: Dim, b: Dim) -> None:
         raise ValueError(f"dimensions of {a.size} and {b.size} units cannot be equal")
     if isinstance(b, Axis) and not isinstance(a, Axis):
         a, b = b, a
-    if isinstance(a, Axis):
+    if isinstance(a, Axis) and isinstance(b, Perm) and b.base is a:
+        _tie_orbits(a, b.order)
+    elif isinstance(a, Axis):
         _bind(a, b)
     elif is_frozen(a) or is_frozen(b):
         reason = next((x.reason for x in (*axes_of(a), *axes_of(b)) if x.reason), "has no removable unit")
@@ -363,6 +365,17 @@ def unify(a: Dim, b: Dim) -> None:
 def _tie_frozen(a: Dim, b: Dim, reason: str) -> None:
     freeze(a, reason)
     freeze(b, reason)
+
+
+def _tie_orbits(a: Axis, order: np.ndarray) -> None:
+    """`a` equals a permutation of itself: for a reversal unit i is tied to its mirror image, anything else freezes."""
+    if not np.array_equal(order, np.arange(a.size)[::-1]) or a.reason:
+        freeze(a, "is equal to a permutation of itself")
+        return
+    half, _ = split(a, a.size // 2)
+    _, second = split(a, a.size - a.size // 2)
+    if half.size > 1:
+        unify(second, Perm(half, np.arange(half.size)[::-1].copy()))
 
 
 def _bind(a: Axis, b: Dim) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from math import prod
 from typing import Any
 
@@ -30,9 +31,18 @@ def count(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None
     evaluation mode and is left as it was. Raises InputError if it cannot run on these inputs.
     """
     args, kwargs = inputs_on(model, args, kwargs)
-    with at_rest(model), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+    params, size = count_params(model), count_bytes(model)  # before the run: forward() may cache tensors of its own
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    counter.mod_tracker = _NoModules()
+    with at_rest(model), counter:
         forward(model, args, kwargs)
-    return Cost(macs=int(counter.get_total_flops()) // 2, params=count_params(model), bytes=count_bytes(model))
+    return Cost(macs=int(counter.get_total_flops()) // 2, params=params, bytes=size)
+
+
+class _NoModules(nullcontext):
+    """Stands in for torch's module tracker, which breaks where a leaf parameter is an argument of a module."""
+
+    parents = frozenset({"Global"})
 
 
 def count_params(model: nn.Module) -> int:

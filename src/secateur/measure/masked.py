@@ -235,6 +235,15 @@ def _recurrent(run: MaskedOriginal, c: Call, args: dict[str, Any]) -> Any:
     return run.call(c, args)
 
 
+def _cell(run: MaskedOriginal, c: Call, args: dict[str, Any]) -> Any:
+    args["input"] = run.zeroed(args["input"], c.dims("input"), [-1])
+    if isinstance(args["hx"], (list, tuple)):
+        args["hx"] = [run.zeroed(h, d, [-1]) for h, d in zip(args["hx"], c.dims_list("hx"), strict=True)]
+    else:
+        args["hx"] = run.zeroed(args["hx"], c.dims("hx"), [-1])
+    return run.call(c, args)
+
+
 def _weight_norm(run: MaskedOriginal, c: Call, args: dict[str, Any]) -> Any:
     v, g = c.dims("v"), c.dims("g")
     args["v"] = run.zeroed(args["v"], v, [i for i, (a, b) in enumerate(zip(v, g, strict=True)) if a.size != b.size])
@@ -248,7 +257,8 @@ SPECIAL: dict[str, Callable] = {
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "inner"), _masking("self", "other", "mat2", "vec", "tensor")),
     **dict.fromkeys(("addmm", "baddbmm", "addmv"), _masking("mat1", "mat2", "batch1", "batch2", "mat", "vec")),
     "einsum": _masking_list("tensors"),
-    "_grouped_mm": _masking("self", "mat2"),
+    **dict.fromkeys(("_grouped_mm", "grouped_mm"), _masking("self", "mat2")),
+    "transformers::grouped_mm_fallback": _masking("input", "weight"),
     "scaled_dot_product_attention": _sdpa,
     "mean": _mean,
     "var": _variance(root=False, both=False),
@@ -262,5 +272,7 @@ SPECIAL: dict[str, Callable] = {
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _cell),
+    "bilinear": _masking("input1", "input2"),
     "_weight_norm": _weight_norm,
 }

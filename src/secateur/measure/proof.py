@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from secateur.axes import Axis
 from secateur.errors import ProofError
 from secateur.measure.masked import InFloat64, MaskedOriginal
+from secateur.measure.run import at_rest
 from secateur.trace import Graph
-from secateur.trace.capture import evaluating
 
 TOLERANCE = 1e-9
 
@@ -79,7 +79,7 @@ def prove(
     other = copy.deepcopy(cut_model).cpu().double()
     with torch.no_grad():
         wanted = masked_outputs(graph, graph.keep_axes(keep), state, args, kwargs)
-        with evaluating(other), InFloat64():
+        with at_rest(other), InFloat64():
             got = tree_flatten(other(*args, **kwargs))[0]
     errors = tuple(_error(a, b) for a, b in zip(got, wanted, strict=True) if isinstance(b, torch.Tensor))
     return Proof(max(errors, default=0.0), TOLERANCE, errors)

@@ -8,8 +8,9 @@ Whether that was right is not assumed: the caller runs the module against the pr
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -87,19 +88,32 @@ def evidence(changed: Iterable[Change], shapes: dict[str, list[tuple[int, int]]]
     for c in changed:
         path = module_of(c.node)
         for old, new in zip(_numbers(c.old), _numbers(c.new), strict=False):
-            if old != new and new not in out[path][old]:
+            if old != new:
                 out[path][old].append(new)
     for path, pairs in shapes.items():
         for old, new in pairs:
-            if old != new and new not in out[path][old]:
+            if old != new and old not in out[path]:
                 out[path][old].append(new)
     return out
 
 
-def _substitute(value: Any, table: dict[int, list[int]]) -> Any:
+def _substitutes(module: nn.Module, table: dict[int, list[int]]) -> list[tuple[str, Any, Any]]:
+    """(attribute, old, new) for the numbers of a module that changed. Where one number became several, the attributes
+    that hold it take them in order if there are as many (`lo`, `hi` of a padding), else all take the first."""
+    holders: dict[int, int] = defaultdict(int)
+    for value in vars(module).values():
+        for v in _numbers(value):
+            holders[v] += 1
+    feeds = {
+        old: iter(new) if len(new) == holders[old] and len(set(new)) > 1 else repeat(new[0]) for old, new in table.items()
+    }
+    return [(k, v, _substitute(v, feeds)) for k, v in vars(module).items() if _numbers(v)]
+
+
+def _substitute(value: Any, feeds: dict[int, Iterator[int]]) -> Any:
     def one(v: Any) -> Any:
-        if isinstance(v, int) and not isinstance(v, bool) and v in table:
-            return table[v][0]
+        if isinstance(v, int) and not isinstance(v, bool) and v in feeds:
+            return next(feeds[v])
         return v
 
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
@@ -120,7 +134,7 @@ def propose(model: nn.Module, changed: list[Change], shapes: dict[str, list[tupl
             values = [(k, getattr(module, k), v) for k, v in known.items()]
         else:
             table = found.get(path, {})
-            values = [(k, v, _substitute(v, table)) for k, v in vars(module).items() if _numbers(v)] if table else []
+            values = _substitutes(module, table) if table else []
         edits += [Edit(path, k, old, new) for k, old, new in values if old != new]
     return edits
 

@@ -19,7 +19,6 @@ from secateur.surgery.attributes import Edit
 from secateur.surgery.oplog import first_difference, run_logged
 from secateur.surgery.predict import Prediction, cut_tensor, predict
 from secateur.trace import Graph
-from secateur.trace.capture import evaluating
 
 
 @dataclass
@@ -123,8 +122,7 @@ def replace(model: nn.Module, names: list[str], tensor: torch.Tensor, like: torc
 def _disagreement(trial: nn.Module, args: tuple, kwargs: dict, wanted: Any, log: list) -> str:
     """Why the cut module is not what the graph predicts; '' where it is."""
     try:
-        with evaluating(trial):
-            got, own = run_logged(trial, args, kwargs)
+        got, own = run_logged(trial, args, kwargs)
     except Exception as error:  # any error of the user's forward means that its numbers do not fit
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"forward() does not fit the cut sizes ({lines[0][:200]})"
@@ -143,4 +141,6 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
     if not a.is_floating_point():
         return bool(torch.equal(a, b))
     loose = 1e-3 if a.dtype in (torch.float32, torch.float64) else 0.1
-    return bool(torch.allclose(a.double(), b.double(), rtol=loose, atol=loose * float(b.double().abs().max() + 1e-30), equal_nan=True))
+    a, b = a.double(), b.double()
+    scale = float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()) if b.numel() else 0.0
+    return bool(torch.allclose(a, b, rtol=loose, atol=loose * scale, equal_nan=True))

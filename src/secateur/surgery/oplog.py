@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from secateur.measure.run import at_rest
+
 # Ops that carry the arithmetic of a network. Views, casts, masks and factories are left out: Python may reach the
 # same numbers through other views than the captured graph does.
 _ARITHMETIC = frozenset(
@@ -35,8 +37,8 @@ class OpLog(TorchDispatchMode):
 
 
 def run_logged(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[Any, list[Row]]:
-    """Outputs and op log of one forward without gradients."""
-    with torch.no_grad(), OpLog() as log:
+    """Outputs and op log of one forward in evaluation mode without gradients."""
+    with at_rest(model), OpLog() as log:
         out = model(*args, **kwargs)
     return out, log.rows
 

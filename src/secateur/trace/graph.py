@@ -44,14 +44,26 @@ class Frozen:
     reason: str
     where: tuple[str, ...]  # "tensor:dim"
 
+    @property
+    def op(self) -> str:
+        """The op that froze it, '' where none did (inputs, outputs, ignore=)."""
+        return self.reason.partition("(op ")[2].split(" ")[0].rstrip(")")
+
 
 @dataclass(frozen=True)
 class Term:
-    """Multiply-accumulates of one op: the product of its dimensions."""
+    """Multiply-accumulates of one op: the product of its dimensions. An op that turns into a plain multiplication when
+    the dimensions it contracts have one unit left (einsum) names them in `contracted` and then counts none."""
 
     module: str
     op: str
     dims: Dims
+    contracted: Dims = ()
+
+    def macs(self, keep: Mapping[Axis, np.ndarray]) -> int:
+        if self.contracted and _product(self.contracted, keep) == 1:
+            return 0
+        return _product(self.dims, keep)
 
 
 @dataclass
@@ -116,7 +128,7 @@ class Graph:
         """Exact cost with only the units of `keep`; groups that are not named stay whole. MACs are those of one call
         with the example inputs."""
         by_axis = self.keep_axes(keep)
-        macs = sum(_product(t.dims, by_axis) for t in self.terms)
+        macs = sum(t.macs(by_axis) for t in self.terms)
         params = size = 0
         for name, (elements, each, is_parameter) in self.sizes.items():
             n = _product(self.tensors[name], by_axis) if name in self.tensors else elements
@@ -126,7 +138,7 @@ class Graph:
 
     def obstacles(self, keep: Mapping[Axis, np.ndarray], most: int = 3) -> list[str]:
         """The layers that cost most under `keep`, each with the reason why its dimensions stay."""
-        rows = sorted(((_product(t.dims, keep), t) for t in self.terms), key=lambda r: -r[0])
+        rows = sorted(((t.macs(keep), t) for t in self.terms), key=lambda r: -r[0])
         out: dict[str, None] = {}
         for macs, term in rows[: 3 * most]:
             reasons = dict.fromkeys(a.reason for d in term.dims for a in axes_of(d) if a.reason and "space" not in a.reason)

@@ -33,8 +33,9 @@ class Tracer:
         for d in dims:
             freeze(d, reason)
 
-    def macs(self, c: Call, dims: Dims) -> None:
-        self.terms.append(Term(c.module, c.op, tuple(dims)))
+    def macs(self, c: Call, dims: Dims, contracted: Dims = ()) -> None:
+        """Count one op's multiply-accumulates: the product of `dims`; see `Term`."""
+        self.terms.append(Term(c.module, c.op, tuple(dims), tuple(contracted)))
 
     def opaque(self, c: Call, why: str) -> Value:
         """The honest answer for an op nobody described: everything it touches stays whole."""

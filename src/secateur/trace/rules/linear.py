@@ -65,36 +65,53 @@ def outer(t, c: Call) -> Value:
     return (c.dims("self")[0], c.dims("vec2")[0])
 
 
-def einsum(t, c: Call) -> Value:
-    """Every letter is one dimension; '...' stands for leading ones."""
-    equation = c["equation"].replace(" ", "")
+def _letters(c: Call) -> tuple[list[str], str]:
+    """The operands' letters and the result's, with '...' written out in capitals."""
     operands = c.dims_list("tensors")
-    left, _, right = equation.partition("->")
+    left, arrow, right = c["equation"].replace(" ", "").partition("->")
     terms = left.split(",")
-    if "." in equation:
-        depth = max(len(d) - len(s.replace("...", "")) for s, d in zip(terms, operands, strict=True))
-        spare = [ch for ch in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if ch not in equation][:depth]
-        terms = [
-            s.replace("...", "".join(spare[depth - (len(d) - len(s.replace("...", ""))) :]))
-            for s, d in zip(terms, operands, strict=True)
-        ]
-        right = right.replace("...", "".join(spare)) if "->" in equation else right
-    if "->" not in equation:
-        letters = "".join(terms)
-        right = "".join(sorted(ch for ch in set(letters) if letters.count(ch) == 1))
+    extra = [len(d) - len(s.replace("...", "")) for s, d in zip(terms, operands, strict=True)]
+    spare = [ch for ch in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if ch not in left][: max(extra) if "." in left else 0]
+    terms = [s.replace("...", "".join(spare[len(spare) - n :])) for s, n in zip(terms, extra, strict=True)]
+    if arrow:
+        return terms, right.replace("...", "".join(spare))
+    every = "".join(terms)
+    return terms, "".join(spare) + "".join(sorted(ch for ch in set(every) - set(spare) if every.count(ch) == 1))
+
+
+def einsum(t, c: Call) -> Value:
+    """Every letter is one dimension. Multiply-accumulates are those of contracting pair by pair, left to right."""
+    terms, right = _letters(c)
     axes: dict[str, Dim] = {}
-    for s, dims in zip(terms, operands, strict=True):
+    for s, dims in zip(terms, c.dims_list("tensors"), strict=True):
         for letter, dim in zip(s, dims, strict=True):
             if letter not in axes or axes[letter].size == 1:
                 axes[letter] = dim
             elif dim.size > 1:
                 unify(axes[letter], dim)
     if any(len(set(s)) < len(s) for s in terms):  # a diagonal
-        for dim in axes.values():
-            t.freeze((dim,), c.reason("an einsum takes a diagonal"))
-    if len(terms) > 1 and any(letter not in right for letter in axes):
-        t.macs(c, tuple(axes.values()))
+        t.freeze(axes.values(), c.reason("an einsum takes a diagonal"))
+    have = set(terms[0])
+    for i, s in enumerate(terms[1:], 1):
+        later = set(right).union(*terms[i + 1 :])
+        contracted = (have & set(s)) - later
+        used = (have | set(s)) & (later | contracted)  # what only one of the two has and nobody needs is summed before
+        if contracted:
+            t.macs(c, tuple(axes[ch] for ch in sorted(used)), tuple(axes[ch] for ch in sorted(contracted)))
+        have = (have | set(s)) & later
     return tuple(resolve(axes[letter]) for letter in right)
+
+
+def bilinear(t, c: Call) -> Value:
+    """weight (out, in1, in2)."""
+    a, b, w, bias = c.dims("input1"), c.dims("input2"), c.dims("weight"), c.dims("bias")
+    unify(a[-1], w[1])
+    unify(b[-1], w[2])
+    if bias:
+        unify(bias[0], w[0])
+    rows = broadcast([a[:-1], b[:-1]], c.shape[:-1])
+    t.macs(c, (*rows, *w))
+    return (*rows, resolve(w[0]))
 
 
 def sdpa(t, c: Call) -> Value:
@@ -128,8 +145,8 @@ def sdpa(t, c: Call) -> Value:
 
 
 def grouped_mm(t, c: Call) -> Value:
-    """`_grouped_mm`: rows of `self` are dealt to the experts of `mat2` (E, k, j); which expert is decided by data."""
-    a, b = c.dims("self"), c.dims("mat2")
+    """Rows of the first are dealt to the experts of the second (E, k, j); which expert is decided by data."""
+    a, b = c.dims("self") or c.dims("input"), c.dims("mat2") or c.dims("weight")
     unify(a[-1], b[-2])
     if len(b) == 3:
         t.freeze(b[:1], c.reason("experts are chosen by the data"))
@@ -155,5 +172,8 @@ RULES = {
     "einsum": einsum,
     "scaled_dot_product_attention": sdpa,
     "_grouped_mm": grouped_mm,
+    "grouped_mm": grouped_mm,
+    "transformers::grouped_mm_fallback": grouped_mm,
+    "bilinear": bilinear,
     "one_hot": one_hot,
 }

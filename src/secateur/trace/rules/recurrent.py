@@ -70,4 +70,36 @@ def _cell(t, c: Call, own: list[Dims], feed: Dim, hidden: Dim | None, gates: int
     return resolve(hidden)
 
 
-RULES = {"lstm": recurrent(4), "gru": recurrent(3), "rnn_tanh": recurrent(1), "rnn_relu": recurrent(1)}
+def cell(gates: int):
+    """`nn.LSTMCell`, `nn.GRUCell`, `nn.RNNCell`: one step."""
+
+    def rule(t, c: Call) -> Value:
+        x, w_ih, w_hh = c.dims("input"), c.dims("w_ih"), c.dims("w_hh")
+        hx = c.dims_list("hx") if isinstance(c["hx"], (list, tuple)) else [c.dims("hx")]
+        unify(w_ih[1], x[-1])
+        hidden = w_hh[1]
+        for w in (w_ih, w_hh, c.dims("b_ih"), c.dims("b_hh")):
+            if w:
+                g, h = factor(w[0], w[0].size // gates)
+                t.freeze((g,), c.reason("the gates of a recurrent layer"))
+                unify(h, hidden)
+        for h in hx:
+            unify(h[-1], hidden)
+        t.macs(c, (*x[:-1], *w_ih))
+        t.macs(c, (*x[:-1], *w_hh))
+        states = [(*x[:-1], resolve(hidden)) for _ in hx]
+        return states if isinstance(c["hx"], (list, tuple)) else states[0]
+
+    return rule
+
+
+RULES = {
+    "lstm_cell": cell(4),
+    "gru_cell": cell(3),
+    "rnn_tanh_cell": cell(1),
+    "rnn_relu_cell": cell(1),
+    "lstm": recurrent(4),
+    "gru": recurrent(3),
+    "rnn_tanh": recurrent(1),
+    "rnn_relu": recurrent(1),
+}

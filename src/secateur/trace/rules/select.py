@@ -98,12 +98,16 @@ def unbind(t, c: Call) -> Value:
     return [(*x[:d], *x[d + 1 :])] * x[d].size
 
 
-def _gathered(t, c: Call, dim: Dim, order: np.ndarray | None) -> Dim:
+def _gathered(t, c: Call, dim: Dim, source) -> Dim:
     """A whole dimension seen through constant positions; anything but a permutation freezes it."""
+    order = t.known(source)
     if order is not None and order.ndim == 1 and len(order) == dim.size and dim.size > 1:
         order = np.where(order < 0, order + dim.size, order)
         if np.array_equal(np.sort(order), np.arange(dim.size)):
-            return resolve(Perm(dim, order))
+            out = resolve(Perm(dim, order))
+            if source.op == "placeholder":  # the index loses the entries of the positions that go
+                unify(c.env[source][0], out)
+            return resolve(out)
     t.freeze((dim,), c.reason("positions are chosen by index"))
     return constant(0, "")
 
@@ -113,7 +117,7 @@ def index(t, c: Call) -> Value:
     used = [(d, n) for d, n in enumerate(c["indices"]) if n is not None]
     if len(used) == 1 and len(c.env[used[0][1]]) == 1:
         d, node = used[0]
-        found = _gathered(t, c, x[d], t.known(node))
+        found = _gathered(t, c, x[d], node)
         size = c.shape[d]
         return (*x[:d], found if found.size == size else constant(size, c.reason("positions are chosen by index")), *x[d + 1 :])
     rank = max((len(c.env[n]) for _, n in used), default=0)
@@ -129,7 +133,7 @@ def index(t, c: Call) -> Value:
 
 def index_select(t, c: Call) -> Value:
     x, d = c.dims("self"), c["dim"] % len(c.dims("self"))
-    found = _gathered(t, c, x[d], t.known(c["index"]))
+    found = _gathered(t, c, x[d], c["index"])
     size = c.shape[d]
     return (*x[:d], found if found.size == size else constant(size, c.reason("positions are chosen by index")), *x[d + 1 :])
 

@@ -78,6 +78,11 @@ def reverse_all(t, c: Call) -> Value:
     return tuple(reversed(c.dims("self")))
 
 
+def swap_last(t, c: Call) -> Value:
+    *lead, a, b = c.dims("self")
+    return (*lead, b, a)
+
+
 def expand(t, c: Call) -> Value:
     """A dimension of size 1 that is stretched is a new axis: it follows whatever it is combined with."""
     x, shape = c.dims("self"), c.shape
@@ -220,7 +225,8 @@ RULES = {
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), transpose),
     "movedim": movedim,
     "moveaxis": movedim,
-    **dict.fromkeys(("t", "numpy_T", "mT", "adjoint", "matrix_H"), reverse_all),
+    **dict.fromkeys(("t", "numpy_T"), reverse_all),
+    **dict.fromkeys(("mT", "mH", "adjoint"), swap_last),
     "expand": expand,
     "broadcast_to": expand,
     "expand_as": expand_as,
