@@ -19,6 +19,7 @@ LAYERS = [
     ["models", "export", "runtime"],
     ["recover", "report"],
     ["prune", "testing"],
+    ["job"],
     ["terminal", "cli", "demo"],
     ["__main__"],
 ]

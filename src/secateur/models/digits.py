@@ -32,7 +32,7 @@ class Block(nn.Module):
 class DigitsNet(nn.Module):
     """Three residual stages. (N, 1, 8, 8) -> (N, 10) class scores; pixels in 0..1."""
 
-    def __init__(self, width: int = 24):
+    def __init__(self, width: int = 16):
         super().__init__()
         self.conv1 = nn.Conv2d(1, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -54,7 +54,7 @@ def digits_net() -> DigitsNet:
 
 
 def trained_digits_net(
-    data: Data, *, epochs: int = 12, seed: int = 0, progress: Callable[[int, int], None] | None = None
+    data: Data, *, epochs: int = 8, seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> DigitsNet:
     """The network trained on `data.train` (as `load_data("digits")` gives it): about 98 % of the test rows.
 

@@ -152,8 +152,8 @@ def rebuild_from_factory(
 
 
 def _same_names(model: nn.Module, restored: Mapping[str, Tensor]) -> None:
-    found = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
-    found.update({n: b for n, b in model.named_buffers(remove_duplicate=False)})
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    found.update(model.named_buffers(remove_duplicate=False))
     differences = [f"it has no {name}" for name in restored if name not in found]
     differences += [f"it has {name}, the folder has not" for name in found if name not in restored]
     for name, tensor in restored.items():

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from secateur.errors import ModelError
 from secateur.models import hf, program, vision, weights
+from secateur.models.atomic import MARK
+from secateur.models.folder import load, read
 from secateur.models.names import import_function
 
 FORMS = (
@@ -29,19 +31,22 @@ class LoadedModel:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def load_model(spec: str, weights_file: str | Path | None = None, *, seed: int = 0) -> LoadedModel:
+def load_model(
+    spec: str, weights_file: str | Path | None = None, *, factory: str | None = None, seed: int = 0
+) -> LoadedModel:
     """Build the model `spec` names; `weights_file` (safetensors or a state dict) is loaded strictly where given.
 
     `spec` is one of: `pkg.mod:factory` or `file.py:factory` (a function that returns a model, or a model and its
     example inputs), `torchvision/NAME`, `timm/NAME`, `hf/TYPE` (a small random one of that type), `hf/FOLDER` (a local
-    folder with config.json and perhaps safetensors), `FILE.pt2` (an exported program), or a folder `save` wrote.
+    folder with config.json and perhaps safetensors), `FILE.pt2` (an exported program), or a folder `save` wrote
+    (`factory` then names the function that builds its dense model, for one that carries no graph).
     Random weights are drawn from `seed`.
 
     Raises:
         ModelError: there is no such model, its library is not installed, or the weights do not fit.
     """
     torch.manual_seed(seed)
-    loaded = _build(spec)
+    loaded = _saved(spec, factory) if (Path(spec) / MARK).is_file() else _build(spec)
     if weights_file is not None:
         weights.load_into(loaded.model, Path(weights_file))
     if not _exported(loaded.model):
@@ -55,11 +60,6 @@ def _build(spec: str) -> LoadedModel:
     if spec.endswith(".pt2"):
         module, args, kwargs = program.load_program(Path(spec))
         return LoadedModel(module, args, spec, kwargs)
-    if (Path(spec) / "plan.json").is_file():
-        from secateur.models.folder import load, read
-
-        args, kwargs = read(spec).example_inputs()
-        return LoadedModel(load(spec), args, spec, kwargs)
     if library == "torchvision" and name:
         return LoadedModel(*vision.torchvision_model(name, spec), spec)
     if library == "timm" and name:
@@ -70,6 +70,12 @@ def _build(spec: str) -> LoadedModel:
     if ":" in spec:
         return _from_factory(spec)
     raise ModelError(f"{spec!r} is no model that secateur knows, and no folder it saved.\n  Write {FORMS}.")
+
+
+def _saved(folder: str, factory: str | None) -> LoadedModel:
+    args, kwargs = read(folder).example_inputs()
+    build = import_function(factory, ModelError, "--factory") if factory else None
+    return LoadedModel(load(folder, build), args, folder, kwargs)
 
 
 def _from_factory(spec: str) -> LoadedModel:

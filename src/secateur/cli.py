@@ -1,0 +1,184 @@
+"""The command line. No logic: each command reads its options, calls one public function and prints what it returns.
+
+Exit codes: 0 done; 1 refused (a model, data, budget or folder that cannot be used; nothing was changed);
+2 a command that cannot be meant (an unknown option, target or criterion); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import click
+import typer
+
+from secateur import demo as the_demo
+from secateur import job, terminal
+from secateur.budget import parse
+from secateur.errors import InputError, SecateurError
+from secateur.measure import measure as measured
+from secateur.measure.run import batch_of
+from secateur.models import Data, load_data, load_model
+from secateur.models.example import parse_input
+from secateur.trace import trace
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=(
+    "Structured pruning of PyTorch networks that proves what it cut. "
+    "Exit codes: 0 done, 1 refused and nothing changed, 2 wrong usage."
+))  # fmt: skip
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=(
+    "pkg.mod:factory, file.py:factory, torchvision/NAME, timm/NAME, hf/TYPE, hf/FOLDER, FILE.pt2, or a saved folder"
+))]  # fmt: skip
+Weights = Annotated[str | None, typer.Option(help="Safetensors, or a state dict without code in it.")]
+Inputs = Annotated[list[str] | None, typer.Option("--input", help="Shape of an input, 1x3x224x224; repeatable.")]
+Source = Annotated[str | None, typer.Option("--data", metavar="DATA", help=(
+    "digits, imagefolder:DIR, npz:FILE, safetensors:FILE or pkg.mod:function"
+))]  # fmt: skip
+Ignore = Annotated[list[str] | None, typer.Option(help="Module, parameter or group that keeps its shape; repeatable.")]
+Seed = Annotated[int, typer.Option(help="Of random weights, random scores and the split of the data.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def prune(  # noqa: PLR0913  # a command's parameters are its options
+    model: Model,
+    at_most: Annotated[list[str], typer.Option(help="macs=50%, params=1M or bytes=2MiB; repeatable, all are met.")],
+    data: Source = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the result.")] = None,
+    score: Annotated[str, typer.Option(help="l1, l2, bn_scale or random.")] = "l2",
+    allocation: Annotated[str, typer.Option(help="global or uniform.")] = "global",
+    ignore: Ignore = None,
+    seed: Seed = 0,
+    weights: Weights = None,
+    inputs: Inputs = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Cut a model down to a budget, prove the cut, re-estimate BatchNorm from DATA, and save it."""
+    targets = [parse(text) for text in at_most]
+    held, given = _given(data, inputs, seed)
+    with terminal.stages() as say:
+        say("load")
+        loaded = load_model(model, weights, seed=seed)
+        example = job.example_inputs(loaded, held, given)
+        options = job.Options(score, allocation, tuple(ignore or ()), seed)
+        done = job.run(loaded, example, targets, options, data=held, out=out, progress=say)
+    if as_json:
+        _print(done.to_json())
+    else:
+        terminal.job(done)
+
+
+@app.command()
+def inspect(  # noqa: PLR0913  # as above
+    model: Model,
+    ignore: Ignore = None,
+    data: Source = None,
+    seed: Seed = 0,
+    weights: Weights = None,
+    inputs: Inputs = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show which units can be cut together, what is frozen and why, and what each unit costs."""
+    held, given = _given(data, inputs, seed)
+    with terminal.stages() as say:
+        say("load")
+        loaded = load_model(model, weights, seed=seed)
+        args, kwargs = job.example_inputs(loaded, held, given)
+        say("trace")
+        graph = trace(loaded.model, args, kwargs, ignore=tuple(ignore or ()))
+    rows = batch_of(args, kwargs)
+    facts = {
+        "model": model, "batch": rows, "cost": asdict(graph.cost()), "groups": graph.describe(),
+        "frozen": [asdict(frozen) for frozen in graph.frozen], "notes": list(graph.notes),
+    }  # fmt: skip
+    if as_json:
+        _print(facts)
+    else:
+        terminal.inspection(model, graph, rows)
+
+
+@app.command()
+def measure(  # noqa: PLR0913  # as above
+    model: Model,
+    factory: Annotated[str | None, typer.Option(help="Builds the dense model of a folder without a graph.")] = None,
+    data: Source = None,
+    threads: Annotated[int, typer.Option(help="Threads of the timed runs.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Timed runs.")] = 20,
+    weights: Weights = None,
+    inputs: Inputs = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Count MACs, parameters and bytes; measure peak memory and latency, one batch as the inputs say."""
+    held, given = _given(data, inputs, 0)
+    with terminal.stages() as say:
+        say("load")
+        loaded = load_model(model, weights, factory=factory)
+        args, kwargs = job.example_inputs(loaded, held, given)
+        say("measure")
+        found = measured(loaded.model, args, kwargs, threads=threads, rounds=rounds)
+    if as_json:
+        _print({"model": model, **found.to_json()})
+    else:
+        terminal.measurement(model, found)
+
+
+@app.command()
+def demo(
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the result.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small network on real digits, halve its MACs, and show what that did."""
+    facts = the_demo.run(out, seed=seed, quiet=as_json)
+    if as_json:
+        _print(facts)
+
+
+def _given(data: str | None, inputs: Sequence[str] | None, seed: int) -> tuple[Data | None, list[Any]]:
+    return (load_data(data, seed=seed) if data else None), [parse_input(text) for text in inputs or ()]
+
+
+def _print(facts: dict[str, Any]) -> None:
+    print(json.dumps(facts, indent=1, default=str))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Errors are one message on standard error, without a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(given, prog_name="secateur", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as wrong:
+        wrong.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        terminal.error("interrupted; nothing was written")
+        return 130
+    except Exception as error:
+        if "--debug" in given:
+            raise
+        terminal.error(_message(error))
+        return 2 if isinstance(error, InputError) else 1
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, SecateurError):
+        return str(error)
+    return (
+        f"{type(error).__name__}: {error}\n  This is a fault of secateur, not of the command. "
+        "Run it again with --debug and report what it prints."
+    )
+
+
+

@@ -1,0 +1,200 @@
+"""What the command line prints: tables on standard output, progress and errors on standard error."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from secateur.job import Job
+    from secateur.measure import Measurement
+    from secateur.plan import Cost
+    from secateur.trace import Graph
+
+MOST_ROWS = 40  # of a table; the rest is counted, and in --json
+
+
+def out() -> Console:
+    """Standard output, as it is now; 120 columns wide where it is no terminal, so that files and pipes keep names."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)
+
+
+def error(message: str) -> None:
+    """One message on standard error, as it was written: no markup, no wrapping."""
+    Console(stderr=True, highlight=False).print(f"secateur: {message}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def stages() -> Iterator[Any]:
+    """A function that names the stage at work; on a terminal each stage has a spinner and its seconds."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        open_tasks: list[Any] = []
+
+        def say(stage: str) -> None:
+            _finish(progress, open_tasks)
+            open_tasks.append(progress.add_task(stage, total=1))
+
+        yield say
+        _finish(progress, open_tasks)
+
+
+def _finish(progress: Progress, open_tasks: list[Any]) -> None:
+    while open_tasks:
+        progress.update(open_tasks.pop(), completed=1)
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Any]:
+    """A function (done, total) that moves a bar on a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+# ---------------------------------------------------------------- numbers
+def number(value: float) -> str:
+    """1,234 or 1.23 M."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(value) >= size:
+            return f"{value / size:.2f} {letter}"
+    return f"{value:,.0f}"
+
+
+def size(value: int) -> str:
+    """Bytes in KiB, MiB or GiB."""
+    for unit, letter in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= unit:
+            return f"{value / unit:.2f} {letter}"
+    return f"{value} B"
+
+
+def seconds(value: float) -> str:
+    """Milliseconds below one second."""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3f} ms"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+# ---------------------------------------------------------------- tables
+def job(done: Job) -> None:
+    """Everything `prune` has to say."""
+    console, result = out(), done.result
+    console.print(_groups(done.to_json()["groups"]))
+    console.print(costs({"dense": result.before, "pruned": result.after}, done.rows))
+    if done.accuracy:
+        console.print(accuracies(done.accuracy))
+    proof = result.proof
+    console.print(f"proof: largest deviation from the masked original {proof.max_error:.1e} in float64, relative "
+                  f"(at most {proof.tolerance:.0e} is accepted)")  # fmt: skip
+    how = "its own class, tensors and attributes resized" if result.cut.how == "attributes" else "the captured graph"
+    console.print(f"model: {how}")
+    for note in result.notes:
+        console.print(f"note: {note}", markup=False)
+    if done.folder is not None:
+        console.print(f"saved: {done.folder}", markup=False, soft_wrap=True)
+
+
+def _groups(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("group", "kind", title="groups that lost units", title_justify="left")
+    for name in ("units", "left", "MACs saved", "parameters saved"):
+        table.add_column(name, justify="right")
+    for row in sorted(rows, key=lambda r: -r["macs_saved"])[:MOST_ROWS]:
+        table.add_row(
+            row["name"], row["kind"], f"{row['units_before']:,}", f"{row['units_after']:,}",
+            number(row["macs_saved"]), number(row["params_saved"]),
+        )  # fmt: skip
+    if len(rows) > MOST_ROWS:
+        table.caption = f"and {len(rows) - MOST_ROWS} more (--json lists all)"
+    return table
+
+
+def costs(models: Mapping[str, Cost], rows: int) -> Table:
+    """One column per model; the first is what the percentages are of."""
+    table = Table("cost")
+    first = next(iter(models.values()))
+    for name in models:
+        table.add_column(name, justify="right")
+        if models[name] is not first:
+            table.add_column("of it", justify="right")
+    lines = ((f"MACs (batch of {rows})", "macs", number), ("parameters", "params", number), ("bytes", "bytes", size))
+    for label, figure, form in lines:
+        cells = [label]
+        for cost in models.values():
+            value = getattr(cost, figure)
+            cells.append(form(value))
+            if cost is not first:
+                cells.append(percent(value / max(1, getattr(first, figure))))
+        table.add_row(*cells)
+    return table
+
+
+def accuracies(measured: Mapping[str, float]) -> Table:
+    """Accuracy on the test rows, stage by stage."""
+    names = {"dense": "dense", "cut": "as cut", "repaired": "BatchNorm re-estimated"}
+    table = Table("accuracy on the test rows", "")
+    for name, value in measured.items():
+        table.add_row(names.get(name, name), percent(value))
+    return table
+
+
+def inspection(name: str, graph: Graph, rows: int) -> None:
+    """What can be cut, what cannot and why, and what the model costs."""
+    console = out()
+    table = Table("group", "kind", "lives in", title=f"{name}: {len(graph.groups)} groups", title_justify="left")
+    for column in ("units", "MACs a unit", "parameters a unit"):
+        table.add_column(column, justify="right")
+    found = graph.describe()
+    for row in found[:MOST_ROWS]:
+        held = row["tensors"]
+        where = f"{held[0]}{f' and {len(held) - 1} more' if len(held) > 1 else ''}"
+        table.add_row(row["name"], row["kind"], where, f"{row['units']:,}", number(row["macs_per_unit"]),
+                      number(row["params_per_unit"]))  # fmt: skip
+    if len(found) > MOST_ROWS:
+        table.caption = f"and {len(found) - MOST_ROWS} more (--json lists all)"
+    console.print(table)
+    if graph.frozen:
+        console.print(_frozen(graph))
+    console.print(costs({"dense": graph.cost()}, rows))
+    for note in graph.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _frozen(graph: Graph) -> Table:
+    reasons: dict[str, list[Any]] = defaultdict(list)
+    for frozen in graph.frozen:
+        reasons[frozen.reason].append(frozen)
+    table = Table("why it stays", "axes", "of sizes", "for example", title="frozen", title_justify="left")
+    for reason, axes in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        sizes = sorted({axis.size for axis in axes})
+        shown = ", ".join(map(str, sizes[:4])) + (" ..." if len(sizes) > 4 else "")
+        table.add_row(reason, str(len(axes)), shown, next((w for axis in axes for w in axis.where), ""))
+    return table
+
+
+def measurement(name: str, found: Measurement) -> None:
+    """One model's figures, with the conditions they hold under."""
+    table = Table("figure", title=name, title_justify="left")
+    table.add_column("", justify="right")
+    table.add_row(f"MACs (batch of {found.batch})", number(found.cost.macs))
+    table.add_row("parameters", number(found.cost.params))
+    table.add_row("bytes", size(found.cost.bytes))
+    table.add_row(f"peak memory (batch of {found.batch})", size(found.peak_bytes))
+    if found.seconds is not None:
+        timed = found.seconds
+        table.add_row("latency, median", seconds(timed.median))
+        table.add_row("latency, interquartile range", seconds(timed.spread))
+        table.caption = f"{timed.rounds} rounds, {timed.threads} threads, {found.device}, {found.dtype}"
+    out().print(table)
