@@ -42,7 +42,7 @@ MUTANTS: list[Mutant] = [
         "batch-norm statistics misaligned",
         "secateur/surgery/predict.py",
         "        kept = mask(d, keep)\n",
-        "        kept = mask(d, keep) if isinstance(tensor, nn.Parameter) or tensor.dim() != 1 else mask(d, keep)[::-1]\n",
+        "        kept = mask(d, keep)[:: 1 if isinstance(tensor, nn.Parameter) or tensor.dim() != 1 else -1]\n",
         (f"{PROOF}::test_a_right_cut_is_proven",),
     ),
     Mutant(
@@ -69,8 +69,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "reshape constants not rewritten",
         "secateur/surgery/constants.py",
-        "        return {name: [v if v == -1 else n for v, n in zip(old, new, strict=True)]}\n\n    return rule\n\n\ndef _unflatten",
-        "        return {}\n\n    return rule\n\n\ndef _unflatten",
+        "        return {name: [v if v == -1 else n for v, n in zip(old, new, strict=True)]}\n",
+        "        return {}\n",
         (f"{PRUNE}::test_half_the_macs",),
     ),
     Mutant(
