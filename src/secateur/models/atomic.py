@@ -11,7 +11,7 @@ from pathlib import Path
 
 from secateur.errors import FormatError, InputError
 
-MARK = "plan.json"  # a folder without it is somebody else's
+MARK, TENSORS, GRAPH = "plan.json", "model.safetensors", "graph.json"  # all that a folder ever holds
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -63,11 +63,11 @@ def sha256(path: Path) -> str:
 
 def _refuse_foreign(folder: Path) -> None:
     if folder.is_dir():
-        names = sorted(path.name for path in folder.iterdir())
-        if names and MARK not in names:
+        foreign = sorted({path.name for path in folder.iterdir()} - {MARK, TENSORS, GRAPH})
+        if foreign:
             raise InputError(
-                f"{folder} holds {len(names)} files ({', '.join(names[:3])} ...) and no {MARK}: secateur did not write "
-                "it and will not replace it.\n  Choose another folder, or empty this one."
+                f"{folder} holds {len(foreign)} files that secateur did not write ({', '.join(foreign[:3])}): "
+                "replacing the folder would lose them.\n  Choose another folder, or move them away."
             )
     elif folder.exists():
         raise InputError(f"{folder} is a file; the result is a folder.\n  Choose another name.")

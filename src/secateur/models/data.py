@@ -65,6 +65,7 @@ def load_data(spec: str, *, batch_size: int = 128, test_share: float = 0.2, seed
         DataError: nothing there, nothing in it, the wrong names or shapes, or numbers that are not finite.
     """
     kind, _, rest = spec.partition(":")
+    labels: Tensor | None
     if spec == "digits":
         inputs, labels = _digits()
     elif kind == "imagefolder" and rest:

@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from secateur.errors import FormatError, InputError
 from secateur.models import graph_file, recipe
-from secateur.models.atomic import MARK, backup, replace_folder, sha256
+from secateur.models.atomic import GRAPH, MARK, TENSORS, backup, replace_folder, sha256
 from secateur.models.example import describe, rebuild
 
 if TYPE_CHECKING:
     from secateur.prune import Result
 
 FORMAT = "secateur/1"
-TENSORS, GRAPH = "model.safetensors", "graph.json"
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def read(folder: str | Path) -> Saved:
     for name, facts in document["files"].items():
         _check_file(folder / name, facts)
     tensors = _load_tensors(folder / TENSORS)
-    _check_tensors(document, tensors)
+    _check_tensors(folder, document, tensors)
     return Saved(folder, document, tensors)
 
 
@@ -210,7 +209,7 @@ def _check_file(path: Path, facts: Mapping[str, Any]) -> None:
         )
 
 
-def _check_tensors(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _check_tensors(folder: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     expected = {name: facts for name, facts in document["tensors"].items() if name not in document["aliases"]}
     differences = [f"{name} is missing" for name in expected if name not in tensors]
     differences += [f"{name} is not in plan.json" for name in tensors if name not in expected]
@@ -222,7 +221,7 @@ def _check_tensors(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
                 differences.append(f"{name} is {found[1]} {found[0]}, plan.json says {said[1]} {said[0]}")
     if differences:
         raise FormatError(
-            f"{TENSORS} and plan.json disagree in {len(differences)} tensors: {'; '.join(differences[:3])}.\n"
+            f"{folder}: {TENSORS} and plan.json disagree in {len(differences)} tensors: {'; '.join(differences[:3])}.\n"
             "  The files are of two different models: save the model again."
         )
 

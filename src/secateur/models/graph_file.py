@@ -163,7 +163,7 @@ def _build(form: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> fx.G
         install(root, name, tensor)
     for name, body in form.get("regions", {}).items():
         root.add_module(name, _build(body, {}))
-    graph = fx.Graph(root)
+    graph = fx.Graph()
     env: dict[str, fx.Node] = {}
     for row in form["nodes"]:
         _add_node(graph, row, env)

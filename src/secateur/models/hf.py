@@ -89,7 +89,7 @@ def _from_type(transformers: Any, name: str) -> tuple[Any, nn.Module]:
 def _without_cache(config: Any) -> None:
     """Past keys and values belong to generating text, not to the network: without them a forward is one graph."""
     for part in (config, getattr(config, "text_config", None), getattr(config, "decoder", None)):
-        if getattr(part, "use_cache", None):
+        if part is not None and getattr(part, "use_cache", None):
             part.use_cache = False
 
 
