@@ -1,6 +1,6 @@
 """All structures, family by family."""
 
-from . import attention, bare, convs, foreign, norms, parts, recurrent, reshape, residual, rotary
+from . import attention, bare, blocks, convs, foreign, knots, norms, parts, recurrent, reshape, residual, rotary
 
 CASES = (
     *convs.CASES,
@@ -13,4 +13,6 @@ CASES = (
     *bare.CASES,
     *recurrent.CASES,
     *foreign.CASES,
+    *blocks.CASES,
+    *knots.CASES,
 )
