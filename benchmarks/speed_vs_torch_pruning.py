@@ -11,7 +11,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +75,7 @@ def side_by_side(name: str, rounds: int) -> dict[str, Any]:
         for tool in rows:
             example = catalogue.find(name).build()
             args = (torch.randn(1, 3, 224, 224),)
-            run: Callable[[], dict[str, float]] = lambda m=example.model, a=args: ours(m, a)
-            if tool == "torch_pruning":
-                run = lambda m=example.model, a=args: theirs(name, m, a)
-            seconds = run()
+            seconds = ours(example.model, args) if tool == "secateur" else theirs(name, example.model, args)
             if index:
                 rows[tool].append(seconds)
             print(name, tool, {k: round(v, 3) for k, v in seconds.items()}, flush=True)
@@ -95,7 +91,7 @@ def windowed(name: str, out: Path) -> None:
     guard.write(out, {"model": name, "seconds": {k: round(v, 3) for k, v in ours(example.model, example.args).items()}})
 
 
-def seven_billion(out: Path) -> None:
+def seven_billion(_: str, out: Path) -> None:
     """A Llama of the default (7-billion) configuration on the meta device, traced and planned at half the MACs."""
     import transformers
 
@@ -117,7 +113,8 @@ def seven_billion(out: Path) -> None:
     for group in graph.groups.values():
         key = f"{group.size} x {group.kind}"
         kinds[key] = kinds.get(key, 0) + 1
-    seconds = {"export": in_export, "axes": traced - start - in_export, "plan": planned - traced, "all": planned - start}
+    seconds = {"export": in_export, "axes": traced - start - in_export, "plan": planned - traced}
+    seconds["all"] = planned - start
     row: dict[str, Any] = {"model": "Llama 7B on meta", "sequence": 16, "groups": kinds}
     row |= {"params": plan.before.params, "macs": plan.before.macs, "macs_after": plan.after.macs}
     guard.write(out, row | {"seconds": {k: round(v, 3) for k, v in seconds.items()}})
@@ -127,16 +124,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "speed.json")
-    parser.add_argument("--alone", help=argparse.SUPPRESS)  # internal: one measurement in its own process
-    parser.add_argument("row", nargs="?", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.alone:
-        seven_billion(options.row) if options.alone == "llama" else windowed(options.alone, options.row)
-        return
+    guard.preload()
     page: dict[str, Any] = {"threads": 1, "torch": torch.__version__, "python": sys.version.split()[0]}
     limits = guard.Limits(seconds=300)
-    page["alone"] = [guard.run(__spec__.name, ["--alone", name], limits) for name in (*WINDOWED, "llama")]
+    page["alone"] = [guard.run(windowed, name, limits) for name in WINDOWED]
+    page["alone"].append(guard.run(seven_billion, "llama", limits))
     print(json.dumps(page["alone"], indent=1), flush=True)
     names = ("torchvision/resnet50", "torchvision/vit_b_16")
     page["side_by_side"] = [side_by_side(name, options.rounds) for name in names]

@@ -11,16 +11,15 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.zoo import catalogue, guard, report
+from benchmarks.zoo import catalogue, guard, report, torch_pruning, worker
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 SIDES = {
-    "secateur": ("benchmarks.zoo.worker", guard.Limits(seconds=300)),
-    "torch_pruning": ("benchmarks.zoo.torch_pruning", guard.Limits(seconds=60)),
+    "secateur": (worker.work, guard.Limits(seconds=300)),
+    "torch_pruning": (torch_pruning.work, guard.Limits(seconds=60)),
 }
 
 
@@ -42,20 +41,17 @@ def wanted(options: argparse.Namespace, known: dict[str, dict[str, Any]]) -> lis
 
 def run_side(side: str, options: argparse.Namespace) -> None:
     """Run one library over the selected models and append its lines."""
-    module, limits = SIDES[side]
-    if side == "torch_pruning":
-        os.environ["TIMM_FUSED_ATTN"] = "0"  # as its own example does
+    work, limits = SIDES[side]
     path = options.results / f"zoo_{side}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = wanted(options, read(path))
     for index, entry in enumerate(chosen, 1):
         row = {"model": entry.name, "kind": entry.kind, "ok": False}
-        row |= guard.run(module, [entry.name], limits)
+        row |= guard.run(work, entry.name, limits)
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         verdict = "ok" if row["ok"] else row.get("error") or row.get("stopped", "")
         print(f"[{index}/{len(chosen)}] {side} {entry.name}: {verdict[:160]} ({row['wall_s']} s)", flush=True)
-    os.environ.pop("TIMM_FUSED_ATTN", None)
 
 
 def main() -> None:
@@ -68,6 +64,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only rewrite the table")
     options = parser.parse_args()
     if not options.report:
+        guard.preload()
         for side in SIDES:
             if options.side in (side, "both"):
                 run_side(side, options)

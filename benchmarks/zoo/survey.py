@@ -69,7 +69,8 @@ def main() -> None:
         row = survey(entry)
         with options.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(entry.name, "ok" if row["ok"] else row["error"][:200], row.get("export_s"), row.get("forward_s"), flush=True)
+        verdict = f"ok, {row['export_s']} s" if row["ok"] else row["error"][:200]
+        print(entry.name, verdict, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.zoo import catalogue, guard
+from benchmarks.zoo import catalogue, guard, torchvision_models
 
 QKV = (("qkv",), ("qkv_proj",), ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
 QKV += (("q", "k", "v"), ("query_key_value",), ("Wqkv",), ("q", "kv"))
@@ -133,10 +133,14 @@ def prune(name: str, example: catalogue.Example) -> nn.Module:
     return model
 
 
-def main() -> None:
+def work(name: str, out: Path) -> None:
+    """Build, prune and check one model; the row goes to `out`."""
+    torchvision_models.library()
+    import timm.layers
+
     from secateur.measure import count
 
-    name, out = sys.argv[1], Path(sys.argv[2])
+    timm.layers.set_fused_attn(False)  # as its own example does
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     row: dict[str, Any] = {"model": name, "ok": False, "stage": "build"}
@@ -162,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    work(sys.argv[1], Path(sys.argv[2]))

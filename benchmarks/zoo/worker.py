@@ -47,9 +47,8 @@ def pruned(example: catalogue.Example, row: dict[str, Any], out: Path, at_most: 
 
     target = sc.MACs(at_most=at_most)
     with exports() as export, stages(importlib.import_module("secateur.prune"), ("trace", "cut", "prove")) as seconds:
-        result = sc.prune(
-            example.model, example.args, target, score="l2", allocation="global", kwargs=example.kwargs, progress=progress
-        )
+        options = {"score": "l2", "allocation": "global", "kwargs": example.kwargs, "progress": progress}
+        result = sc.prune(example.model, example.args, target, **options)
     times = {"export": export[0], "axes": seconds["trace"] - export[0], "plan": marks["cut"] - marks["score"]}
     times |= {"cut": seconds["cut"], "proof": seconds["prove"]}
     row["seconds"] = {name: round(value, 3) for name, value in times.items()}
@@ -65,7 +64,8 @@ def checks(example: catalogue.Example, result: Any, shapes: list[tuple[int, ...]
     cost = count(result.model, example.args, example.kwargs)
     before = count(example.model, example.args, example.kwargs)
     share = cost.macs / before.macs
-    short = [f"{f.size} x {f.reason}" for f in sorted(result.graph.frozen, key=lambda f: -f.size)[:3]] if share > ASKED else []
+    largest = sorted(result.graph.frozen, key=lambda f: -f.size)[:3]
+    short = [f"{f.size} x {f.reason}" for f in largest] if share > ASKED else []
     return {
         "same_shape": after == shapes,
         "macs_before": before.macs,
@@ -79,7 +79,7 @@ def checks(example: catalogue.Example, result: Any, shapes: list[tuple[int, ...]
         "why_graph": result.cut.why,
         "groups": len(result.graph.groups),
         "reached": share <= ASKED,
-        "close": ASKED * 0.99 <= share,
+        "close": share >= ASKED * 0.99,
         "short": "; ".join(short),
         "notes": list(result.notes)[:5],
     }
@@ -111,8 +111,8 @@ def attempt(example: catalogue.Example, row: dict[str, Any], out: Path) -> None:
         row["error"] = "failed checks: " + ", ".join(faults)
 
 
-def main() -> None:
-    name, out = sys.argv[1], Path(sys.argv[2])
+def work(name: str, out: Path) -> None:
+    """Build, prune and check one model; the row goes to `out` after every stage."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     row: dict[str, Any] = {"model": name, "ok": False, "stage": "build"}
@@ -129,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    work(sys.argv[1], Path(sys.argv[2]))
