@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from tests.bite.mutants import MUTANTS
 
 ROOT = Path(__file__).parent.parent.parent
