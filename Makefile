@@ -11,11 +11,11 @@ TORCH  := torch==2.13.0
 STAMP  := $(VENV)/.installed
 ZOO_STAMP := $(VENV)/.installed-zoo
 
-.PHONY: setup demo test slow zoo bench bite lint readme clean
+.PHONY: help setup demo test slow laws zoo bench bite lint readme clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3s/^# *//p' Makefile; echo 'also: setup slow zoo bench bite lint readme clean'
+	@sed -n '1,3s/^# *//p' Makefile; echo 'also: setup slow laws zoo bench bite lint readme clean'
 
 setup: $(STAMP)
 
@@ -38,18 +38,24 @@ $(ZOO_STAMP): $(STAMP)
 demo: $(STAMP)
 	@$(PY) -m secateur demo
 
+# one thread a process: the networks are tiny, and threads of several processes only get in each other's way
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	@$(PY) -m ruff check .
-	@$(PY) -m pytest
+	@$(PY) -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadscope
 
 slow: $(ZOO_STAMP)
 	@$(PY) -m pytest -m slow
+
+laws: $(STAMP)
+	@SECATEUR_LAWS=500 $(PY) -m pytest tests/laws
 
 zoo: $(ZOO_STAMP)
 	@$(PY) -m benchmarks.zoo
 
 bench: $(ZOO_STAMP)
-	@$(PY) -m benchmarks
+	@$(PY) -m benchmarks.speed_vs_torch_pruning
+	@$(PY) -m benchmarks.resnet56_half
 
 bite: $(STAMP)
 	@$(PY) scripts/bite.py
