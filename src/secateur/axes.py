@@ -22,6 +22,7 @@ from typing import Union
 
 import numpy as np
 
+BATCH = "batch"  # the kind of the first dimension of the inputs: frozen, but of no fixed size in a rewritten graph
 MAX_COPIES = 64  # a frozen outer factor is written out as that many equal terms at most
 
 
@@ -218,7 +219,8 @@ def split(e: Dim, k: int) -> tuple[Dim, Dim]:
     if k >= e.size:
         return e, ZERO
     if isinstance(e, Axis):
-        first, rest = Axis(k, e.reason, e.kind), Axis(e.size - k, e.reason, e.kind)
+        kind = None if e.kind == BATCH else e.kind  # a part of the batch is not the batch
+        first, rest = Axis(k, e.reason, kind), Axis(e.size - k, e.reason, kind)
         e.link = Sum((first, rest))
         return resolve(first), resolve(rest)
     if isinstance(e, Sum):
@@ -282,7 +284,8 @@ def factor(e: Dim, n: int) -> tuple[Dim, Dim]:
     if n == e.size:
         return ONE, e
     if isinstance(e, Axis):
-        outer, inner = Axis(e.size // n, e.reason, e.kind), Axis(n, e.reason, e.kind)
+        kind = None if e.kind == BATCH else e.kind
+        outer, inner = Axis(e.size // n, e.reason, kind), Axis(n, e.reason, kind)
         e.link = Prod((outer, inner))
         return resolve(outer), resolve(inner)
     if isinstance(e, Prod):
@@ -391,7 +394,7 @@ def _unify_perm(a: Dim, b: Dim) -> None:
         a, b = b, a
     assert isinstance(a, Perm) and isinstance(a.base, Axis)
     inverse = np.argsort(a.order)
-    if isinstance(b, Perm) and b.base is a.base or any(x is a.base for x in axes_of(b)):
+    if (isinstance(b, Perm) and b.base is a.base) or any(x is a.base for x in axes_of(b)):
         _tie_frozen(a, b, "is equal to a permutation of itself")
         return
     a.base.link = _permuted(b, inverse)

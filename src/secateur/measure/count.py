@@ -32,11 +32,17 @@ def count(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None
     """
     args, kwargs = inputs_on(model, args, kwargs)
     params, size = count_params(model), count_bytes(model)  # before the run: forward() may cache tensors of its own
-    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    counter = FlopCounterMode(display=False, custom_mapping={**FORMULAS, **_foreign()})
     counter.mod_tracker = _NoModules()
     with at_rest(model), counter:
         forward(model, args, kwargs)
     return Cost(macs=int(counter.get_total_flops()) // 2, params=params, bytes=size)
+
+
+def _foreign() -> dict[Any, Any]:
+    """Formulas for matrix products that other libraries register as one op, if they did."""
+    experts = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    return {experts: _grouped_mm} if experts is not None else {}
 
 
 class _NoModules(nullcontext):

@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from secateur.axes import Axis, Dim, mask, split
+from secateur.axes import Axis, Dim, mask
 from secateur.trace import Graph
 from secateur.trace.call import Call
 
@@ -80,14 +80,8 @@ class MaskedOriginal(fx.Interpreter):
         return torch.from_numpy(mask(dim, self.keep))
 
     def zeroed(self, value: torch.Tensor, dims: tuple[Dim, ...], which: range | list[int]) -> torch.Tensor:
-        """`value` with the removed positions of the named dimensions at 0 (not multiplied: garbage may be infinite)."""
-        for i in which:
-            kept = self.kept(dims[i])
-            if not bool(kept.all()):
-                shape = [1] * value.dim()
-                shape[i] = -1
-                value = torch.where(kept.view(shape), value, torch.zeros((), dtype=value.dtype))
-        return value
+        """`value` with the removed positions of the named dimensions at 0."""
+        return filled(value, {i: self.kept(dims[i]) for i in which}, 0.0)
 
     def call(self, c: Call, args: dict[str, Any]) -> Any:
         """The op itself, with (changed) arguments by name."""
@@ -99,6 +93,28 @@ class MaskedOriginal(fx.Interpreter):
                 else:
                     positional.append(args[spec.name])
         return c.node.target(*positional, **keywords)
+
+
+def filled(value: torch.Tensor, kept: Mapping[int, torch.Tensor], by: float) -> torch.Tensor:
+    """`value` with `by` where a dimension's position is not kept (not multiplied by 0: garbage may be infinite)."""
+    for i, mask_of_dim in kept.items():
+        if not bool(mask_of_dim.all()):
+            shape = [1] * value.dim()
+            shape[i] = -1
+            value = torch.where(mask_of_dim.view(shape), value, torch.full((), by, dtype=value.dtype))
+    return value
+
+
+def moments(x: torch.Tensor, kept: Mapping[int, torch.Tensor], keepdim: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Mean and sum of squared deviations over the kept positions of the dimensions in `kept`, and their number."""
+    over, n = list(kept), 1
+    for k in kept.values():
+        n *= int(k.sum())
+    mean = filled(x, kept, 0.0).sum(over, keepdim=True) / n
+    square = filled((x - mean) ** 2, kept, 0.0).sum(over, keepdim=True)
+    if not keepdim:
+        mean, square = mean.squeeze(over), square.squeeze(over)
+    return mean, square, n
 
 
 def _masking(*names: str) -> Callable:
@@ -133,15 +149,7 @@ def _reduced(c: Call, rank: int) -> list[int]:
 
 
 def _moments(run: MaskedOriginal, x: torch.Tensor, dims: tuple[Dim, ...], over: list[int], keepdim: bool):
-    """Mean and sum of squared deviations over the kept positions, and how many those are."""
-    n = 1
-    for i in over:
-        n *= int(run.kept(dims[i]).sum())
-    mean = run.zeroed(x, dims, over).sum(over, keepdim=True) / n
-    square = run.zeroed((x - mean) ** 2, dims, over).sum(over, keepdim=True)
-    if not keepdim:
-        mean, square = mean.squeeze(over), square.squeeze(over)
-    return mean, square, n
+    return moments(x, {i: run.kept(dims[i]) for i in over}, keepdim)
 
 
 def _mean(run: MaskedOriginal, c: Call, args: dict[str, Any]) -> Any:
@@ -170,11 +178,8 @@ def _sum_like(run: MaskedOriginal, c: Call, args: dict[str, Any]) -> Any:
 
 def _softmax(run: MaskedOriginal, c: Call, args: dict[str, Any]) -> Any:
     x, d = args["self"], c["dim"]
-    kept = run.kept(c.dims("self")[d])
-    if not bool(kept.all()):
-        shape = [1] * x.dim()
-        shape[d] = -1
-        args["self"] = torch.where(kept.view(shape), x, torch.full((), -torch.inf, dtype=x.dtype))
+    if x.dim():
+        args["self"] = filled(x, {d % x.dim(): run.kept(c.dims("self")[d])}, -torch.inf)
     return run.call(c, args)
 
 
@@ -185,6 +190,18 @@ def _layer_norm(run: MaskedOriginal, c: Call, args: dict[str, Any]) -> Any:
     out = (x - mean) / (square / n + c["eps"]).sqrt()
     out = out * args["weight"] if args.get("weight") is not None else out
     return out + args["bias"] if args.get("bias") is not None else out
+
+
+def _batch_norm(run: MaskedOriginal, c: Call, args: dict[str, Any]) -> Any:
+    """With statistics of the batch itself (weight standardisation is written so) it reduces; otherwise it is pointwise."""
+    x, dims = args["input"], c.dims("input")
+    if not c["training"] and args.get("running_mean") is not None:
+        return run.call(c, args)
+    mean, square, n = _moments(run, x, dims, [i for i in range(x.dim()) if i != 1], True)
+    out = (x - mean) / (square / n + c["eps"]).sqrt()
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    out = out * args["weight"].view(shape) if args.get("weight") is not None else out
+    return out + args["bias"].view(shape) if args.get("bias") is not None else out
 
 
 def _rms_norm(run: MaskedOriginal, c: Call, args: dict[str, Any]) -> Any:
@@ -200,17 +217,13 @@ def _rms_norm(run: MaskedOriginal, c: Call, args: dict[str, Any]) -> Any:
 
 def _group_norm(run: MaskedOriginal, c: Call, args: dict[str, Any]) -> Any:
     x, dims, groups = args["input"], c.dims("input"), c["num_groups"]
-    per = x.shape[1] // groups
-    pieces, rest = [], dims[1]
-    for g in range(groups):
-        piece, rest = split(rest, per) if g < groups - 1 else (rest, rest)
-        part = x[:, g * per : (g + 1) * per]
-        view = (dims[0], piece, *dims[2:])
-        if not bool(run.kept(piece).any()):
-            pieces.append(part)
-            continue
-        mean, square, n = _moments(run, part, view, list(range(1, x.dim())), True)
-        pieces.append((part - mean) / (square / n + c["eps"]).sqrt())
+    pieces = []
+    space = {i: run.kept(dims[i]) for i in range(2, x.dim())}
+    for part, kept in zip(x.chunk(groups, 1), run.kept(dims[1]).chunk(groups), strict=True):
+        if bool(kept.any()):  # a group that goes as a whole is garbage nobody reads
+            mean, square, n = moments(part, {1: kept, **space}, True)
+            part = (part - mean) / (square / n + c["eps"]).sqrt()
+        pieces.append(part)
     out = torch.cat(pieces, 1)
     shape = [1, -1] + [1] * (x.dim() - 2)
     out = out * args["weight"].view(shape) if args.get("weight") is not None else out
@@ -271,6 +284,7 @@ SPECIAL: dict[str, Callable] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
+    "batch_norm": _batch_norm,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _cell),
     "bilinear": _masking("input1", "input2"),

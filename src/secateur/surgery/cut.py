@@ -16,6 +16,7 @@ from secateur.errors import CutError
 from secateur.plan import Plan
 from secateur.surgery import attributes
 from secateur.surgery.attributes import Edit
+from secateur.surgery.batch import batch_is_free
 from secateur.surgery.oplog import first_difference, run_logged
 from secateur.surgery.predict import Prediction, cut_tensor, predict
 from secateur.trace import Graph
@@ -49,13 +50,14 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def cut(model: nn.Module, graph: Graph, plan: Plan) -> Cut:
+def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "") -> Cut:
     """The model without the units that `plan` drops.
 
     Args:
         model: the module that `graph` was traced from, with its weights. Unchanged.
         graph: its trace.
         plan: made for this graph.
+        refuse_class: why the user's own class cannot serve; then the rewritten graph is handed back.
 
     Raises:
         PlanError: the plan does not belong to the graph.
@@ -73,11 +75,14 @@ def cut(model: nn.Module, graph: Graph, plan: Plan) -> Cut:
             "This is a fault of secateur: please report the model; ignore= the layers named above to go on without them."
         ) from error
     kept = _kept(graph, keep)
-    trial, edits, why = _by_attributes(model, graph, keep, prediction, state)
+    trial, edits, why = (model, [], refuse_class) if refuse_class else _by_attributes(model, graph, keep, prediction, state)
     if not why:
         why = _disagreement(trial, args, kwargs, wanted, log)
     if why:
-        return Cut(prediction.module, "graph", why, [], kept, prediction.module)
+        free = predict(graph, keep, state, free_batch=True).module
+        refused = batch_is_free(free, prediction.module, args, kwargs)
+        notes = [f"the rewritten graph takes only the batch size of the example inputs: {refused}"] if refused else []
+        return Cut(prediction.module if refused else free, "graph", why, [], kept, prediction.module, notes)
     return Cut(trial, "attributes", "", edits, kept, prediction.module)
 
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from secateur.axes import Axis, mask
+from secateur.surgery.batch import free_the_batch
 from secateur.surgery.constants import changes
 from secateur.trace import Graph
 from secateur.trace.call import Call
@@ -52,8 +53,9 @@ def cut_tensor(tensor: torch.Tensor, dims, keep: Keep) -> torch.Tensor:
     return out.clone() if out.data_ptr() == tensor.data_ptr() or out is tensor else out
 
 
-def predict(graph: Graph, keep: Keep, state: Mapping[str, torch.Tensor]) -> Prediction:
-    """Rewrite the captured graph for the kept units. `state` holds the dense tensors by state name."""
+def predict(graph: Graph, keep: Keep, state: Mapping[str, torch.Tensor], free_batch: bool = False) -> Prediction:
+    """Rewrite the captured graph for the kept units. `state` holds the dense tensors by state name. With `free_batch`
+    sizes that count the batch are read off the first input instead of written down."""
     capture = graph.capture
     result = Prediction(fx.GraphModule({}, fx.Graph()))
     root = nn.Module()
@@ -72,14 +74,27 @@ def predict(graph: Graph, keep: Keep, state: Mapping[str, torch.Tensor]) -> Pred
         else:
             env[node] = new.node_copy(node, lambda n: env[n])
     spec = capture.program.call_spec
-    names = [n for n in capture.inputs]
-    new.set_codegen(_PyTreeCodeGen(_PyTreeInfo(_argument_names(spec.in_spec, names), spec.in_spec, spec.out_spec)))
+    if free_batch:
+        free_the_batch(graph, new, env)
+    new.set_codegen(_PyTreeCodeGen(_PyTreeInfo(_argument_names(spec.in_spec), spec.in_spec, spec.out_spec)))
     result.module = fx.GraphModule(root, new)
+    _unregister(result.module, [n for n in capture.program.constants if n not in state])
     result.module.eval()
     return result
 
 
-def _argument_names(in_spec, inputs: list[str]) -> list[str]:
+def _unregister(module: fx.GraphModule, names: list[str]) -> None:
+    """Constants of the user's forward were no buffers of the model and do not become some: plain attributes again."""
+    for name in names:
+        *path, leaf = _attribute(name).split(".")
+        owner = module
+        for part in path:
+            owner = owner._modules.get(part, owner)
+        if leaf in owner._buffers:
+            object.__setattr__(owner, leaf, owner._buffers.pop(leaf))
+
+
+def _argument_names(in_spec) -> list[str]:
     """One name per positional argument, then the keyword names, as the pytree calling convention wants them."""
     positional, keywords = in_spec.child(0), in_spec.child(1)
     return [f"arg_{i}" for i in range(positional.num_children)] + list(keywords.context or [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from secateur.axes import ONE, Axis, Dim, constant, freeze, unify
+from secateur.axes import BATCH, ONE, Axis, Dim, constant, freeze, unify
 from secateur.errors import InputError
 from secateur.trace.call import Call, Dims, Value, module_of, op_name, shape_of, tensors_in
 from secateur.trace.capture import Capture, capture
@@ -86,7 +87,9 @@ class Tracer:
             return None
         if node.name in self.capture.tensors:
             return tuple(Axis(s) if s != 1 else ONE for s in shape_of(value))
-        return tuple(constant(s, "the model's input") for s in shape_of(value))
+        batch, *rest = [*shape_of(value), 0] if value.dim() else [0, 0]
+        first = Axis(batch, "the model's input", BATCH) if batch > 1 else constant(batch, "the model's input")
+        return (first, *(constant(s, "the model's input") for s in rest[:-1])) if value.dim() else ()
 
     def _call(self, node: fx.Node) -> Value:
         if op_name(node) == "getitem":
@@ -134,7 +137,13 @@ def trace(model: nn.Module, args: tuple, kwargs: Mapping | None = None, *, ignor
 def analyse(captured: Capture, model: nn.Module, ignore: Sequence[str] = ()) -> Graph:
     """The axes of a captured model (`trace` without the export)."""
     tracer = Tracer(captured)
-    tracer.run()
+    collecting = gc.isenabled()
+    gc.disable()  # a collection started by these small objects would walk everything the export left behind
+    try:
+        tracer.run()
+    finally:
+        if collecting:
+            gc.enable()
     tensors: dict[str, Dims] = {}
     for node in captured.graph.nodes:
         if node.op == "placeholder" and node.name in captured.tensors:

@@ -22,7 +22,7 @@ def regroup(t, c: Call, dims: Dims, shape: list[int]) -> Dims:
         a = int(np.prod([d.size for d in run], dtype=np.int64))
         b = int(np.prod(sizes, dtype=np.int64))
         while a != b:
-            if a < b and i < len(dims) or j >= len(shape):
+            if (a < b and i < len(dims)) or j >= len(shape):
                 run.append(dims[i])
                 a *= dims[i].size
                 i += 1
