@@ -236,6 +236,23 @@ class Unfolded(Case):
         return self.head(on(y, keep["b"], 1).flatten(2).transpose(1, 2))
 
 
+class FaintRoll(Case):
+    """A literal that no longer fits (roll by 3) but raises nothing, in a branch that hardly shows in the output."""
+
+    units = {"a": U("f1.weight", 0, 8)}
+
+    def __init__(self):
+        super().__init__()
+        self.f1, self.f2 = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return x + 1e-6 * self.f2(self.f1(x).relu().roll(3, -1))
+
+    def reference(self, keep, x):
+        y = on(self.f1(x).relu(), keep["a"])
+        return x + 1e-6 * self.f2(torch.cat([y[:, 5:], y[:, :5]], 1))
+
+
 class SameTwice(Case):
     """cat([x, x]), a difference of halves, and a product with a constant table in code."""
 
@@ -290,5 +307,5 @@ class TopExperts(Case):
 
 CASES = (
     RollAdded, PermutedAdded, ShuffleAdded, Regrouped, InPlace, WithTheBatch, DynamicDepthwise, StreamMeetsHeads,
-    LayerMixture, Unfolded, SameTwice, TopExperts,
+    LayerMixture, Unfolded, FaintRoll, SameTwice, TopExperts,
 )  # fmt: skip
