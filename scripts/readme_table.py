@@ -1,9 +1,5 @@
 """Write the results table of README.md from benchmarks/results/*.json, or check that it is what they say.
 
-A results file that wants rows in the README has a key "readme":
-
-    "readme": {"order": 10, "command": "make zoo", "rows": [["what was measured", "the figure, with its unit"], ...]}
-
 Run as `python scripts/readme_table.py` to write, with `--check` to fail if writing would change anything.
 """
 
@@ -11,25 +7,70 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+Rows = Iterator[tuple[str, str]]
+
+
+def coverage(data: dict[str, Any]) -> Rows:
+    """benchmarks/results/zoo.json: how many models were captured, proven, and brought to half of their MACs.
+
+    Nothing while the suite has only been run in part: a model not yet tried would read as a failure.
+    """
+    if any(model["secateur"] is None for model in data["models"]):
+        return
+    for kind, n in data["counts"].items():
+        if n["models"]:
+            yield (
+                f"half of the MACs: {kind}, {n['models']} models",
+                f"captured {n['captured']}, proven {n['proven']}, at 50 % {n['at_half']}, stop short {n['stop_short']} "
+                f"(Torch-Pruning finishes {n['torch_pruning']})",
+            )
+
+
+def resnet56(data: dict[str, Any]) -> Rows:
+    """benchmarks/results/resnet56.json: accuracy at half of the MACs without training."""
+    dense = data["dense"]
+    yield f"{data['model']}: dense", f"{dense['accuracy']} %, {dense['macs']:,} MACs"
+    for row in data["rows"]:
+        who = f"{row['tool']}, {row['score']}" + (", global" if row.get("global") else "")
+        yield (
+            f"no training, {who}",
+            f"{row['accuracy_as_cut']} % as cut, {row['accuracy_bn_re_estimated']} % with BatchNorm re-estimated, "
+            f"{row['macs_percent']} % of the MACs",
+        )
+
+
+def speed(data: dict[str, Any]) -> Rows:
+    """benchmarks/results/speed.json: seconds to trace, plan and cut."""
+    for row in data["side_by_side"]:
+        ours, theirs = row["secateur"]["all"], row["torch_pruning"]["all"]
+        yield f"trace, plan and cut {row['model']}", f"{ours:.2f} s (Torch-Pruning {theirs:.2f} s)"
+    for row in data["alone"]:
+        if "seconds" in row:
+            yield f"trace, plan{'' if 'params' in row else ' and cut'} {row['model']}", f"{row['seconds']['all']:.2f} s"
+
+
+SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
+    "zoo.json": ("make zoo", coverage),
+    "resnet56.json": ("make bench", resnet56),
+    "speed.json": ("make bench", speed),
+}
 
 
 def table(folder: Path) -> str:
-    """The Markdown table of every results file in the folder, in their order."""
-    parts = []
-    for path in sorted(folder.glob("*.json")):
-        data = json.loads(path.read_text())
-        readme = data.get("readme") if isinstance(data, dict) else None
-        if readme:
-            parts.append((readme.get("order", 100), path.name, readme))
+    """The Markdown table of the results files that are there."""
     lines = ["| what | result | from |", "| --- | --- | --- |"]
-    for _, name, readme in sorted(parts, key=lambda part: part[:2]):
-        source = f"[`{readme['command']}`](benchmarks/results/{name})"
-        lines += [f"| {what} | {figure} | {source} |" for what, figure in readme["rows"]]
-    return "\n".join(lines) if parts else "No results have been committed yet."
+    for name, (command, rows) in SOURCES.items():
+        if (folder / name).exists():
+            source = f"[`{command}`](benchmarks/results/{name})"
+            data = json.loads((folder / name).read_text())
+            lines += [f"| {what} | {figure} | {source} |" for what, figure in rows(data)]
+    return "\n".join(lines) if len(lines) > 2 else "No results have been committed yet."
 
 
 def written(readme: str, rows: str) -> str:
