@@ -136,6 +136,19 @@ def test_module_called_twice_counts_twice():
     assert (cost.macs, cost.params) == (2 * 3 * 16, 20)
 
 
+def test_a_parameter_may_be_the_argument_of_a_module():
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query = nn.Parameter(torch.zeros(3, 4))
+            self.layer = nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.layer(self.query) + x
+
+    assert count(Learned(), (torch.zeros(3, 5),)).macs == 3 * 4 * 5
+
+
 def test_exported_model_counts_the_same():
     model, args, macs = CASES["transformer layer"]
     program = torch.export.export(model.eval(), args, strict=False)

@@ -33,7 +33,7 @@ def count(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None
     args, kwargs = inputs_on(model, args, kwargs)
     params, size = count_params(model), count_bytes(model)  # before the run: forward() may cache tensors of its own
     counter = FlopCounterMode(display=False, custom_mapping={**FORMULAS, **_foreign()})
-    counter.mod_tracker = _NoModules()
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]  # it only has to be entered and to name parents
     with at_rest(model), counter:
         forward(model, args, kwargs)
     return Cost(macs=int(counter.get_total_flops()) // 2, params=params, bytes=size)
