@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import click
 import typer
 
 from secateur import demo as the_demo
@@ -25,7 +24,7 @@ from secateur.models import Data, load_data, load_model
 from secateur.models.example import parse_input
 from secateur.trace import trace
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=(
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=(
     "Structured pruning of PyTorch networks that proves what it cut. "
     "Exit codes: 0 done, 1 refused and nothing changed, 2 wrong usage."
 ))  # fmt: skip
@@ -155,16 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors are one message on standard error, without a traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app(given, prog_name="secateur", standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as wrong:
-        wrong.show()
-        return 2
-    except (KeyboardInterrupt, click.Abort):
-        terminal.error("interrupted; nothing was written")
-        return 130
+        app(given, prog_name="secateur")
+        return 0
+    except SystemExit as stop:  # how typer ends: done, wrong usage, interrupted
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
         if "--debug" in given:
             raise

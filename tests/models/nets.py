@@ -14,6 +14,7 @@ class Net(nn.Module):
         self.a = nn.Conv2d(1, width, 3, padding=1)
         self.bn = nn.BatchNorm2d(width)
         self.b = nn.Conv2d(width, width, 3, padding=1)
+        self.c = nn.Conv2d(width, width, 3, padding=1)
         self.one = nn.Linear(width, width, bias=False)
         self.two = nn.Linear(width, width, bias=False)
         self.two.weight = self.one.weight
@@ -22,7 +23,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         x = F.relu(self.bn(self.a(x)))
-        x = (x + F.relu(self.b(x))).mean((2, 3))
+        x = (x + F.relu(self.c(F.relu(self.b(x))))).mean((2, 3))
         return self.head(self.two(F.relu(self.one(x)))) * self.scale
 
 

@@ -73,7 +73,7 @@ def load_data(spec: str, *, batch_size: int = 128, test_share: float = 0.2, seed
     elif kind in ("npz", "safetensors") and rest:
         inputs, labels = _arrays(_existing(rest, spec), kind)
     elif rest and kind:
-        made = import_function(spec, DataError, "--data")()
+        made = _called(spec)
         if isinstance(made, Data):
             return made
         if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Tensor)):
@@ -85,6 +85,15 @@ def load_data(spec: str, *, batch_size: int = 128, test_share: float = 0.2, seed
     train, test = _split(len(inputs), test_share, seed)
     parts = [Batches(inputs[p], None if labels is None else labels[p], batch_size) for p in (train, test)]
     return Data(spec, parts[0], parts[1], labels is not None)
+
+
+def _called(spec: str) -> Any:
+    function = import_function(spec, DataError, "--data")
+    try:
+        return function()
+    except Exception as error:
+        raise DataError(f"--data {spec}() failed: {type(error).__name__}: {error}.\n"
+                        "  The function is called without arguments; give it defaults.") from error  # fmt: skip
 
 
 def _digits() -> tuple[Tensor, Tensor]:

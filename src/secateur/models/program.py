@@ -27,7 +27,10 @@ _EXPRESSION = re.compile(r"[\w\s+\-*/%(),.<>=!&|~]*")
 _WORDS = re.compile(r"[A-Za-z_]\w*")
 _SYMBOLS = re.compile(r"[suzf]\d+|zuf\d+|Max|Min|Mod|FloorDiv|CleanDiv|PythonMod|CeilDiv|ModularIndexing|"
                       r"Eq|Ne|Lt|Le|Gt|Ge|And|Or|Not|True|False|int_oo|oo|ToFloat|TruncToInt|FloorToInt|CeilToInt|IntTrueDiv|"
-                      r"FloatTrueDiv|PowByNatural|FloatPow|Identity|Where|Piecewise")  # fmt: skip
+                      r"FloatTrueDiv|PowByNatural|FloatPow|Identity|Where|Piecewise|"
+                      r"Symbol|Integer|Float|Rational|Add|Mul|Pow|Equality|Unequality|StrictLessThan|LessThan|"
+                      r"StrictGreaterThan|GreaterThan|positive|nonnegative|integer|real|precision")  # fmt: skip
+_QUOTED = re.compile(r"'([suzf]\d+|zuf\d+|[\d.]+)'")  # a symbol's name or a number's digits, as sympy writes them
 _SPEC_TYPES = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
 _REFUSED = ("torch.ops.aten.from_file", "torch.ops.aten.save")
 
@@ -106,8 +109,9 @@ def _check_json(path: Path, name: str, content: bytes) -> None:
 
 
 def _check_expression(path: Path, text: str) -> None:
-    words = _WORDS.findall(text)
-    plain = _EXPRESSION.fullmatch(text) and not re.search(r"\.\s*[A-Za-z_]", text)
+    bare = _QUOTED.sub(r"\1", text)
+    words = _WORDS.findall(bare)
+    plain = _EXPRESSION.fullmatch(bare) and not re.search(r"\.\s*[A-Za-z_]", bare)
     if not plain or not all(_SYMBOLS.fullmatch(word) for word in words):
         raise _refused(path, f"a size is {text[:80]!r}, which is no arithmetic on sizes")
 

@@ -1,0 +1,238 @@
+"""The command line: what it prints, what it writes, how it refuses, and with which exit code."""
+
+import hashlib
+import json
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import secateur as sc
+from secateur import cli
+
+NETS = Path(__file__).parent / "models" / "nets.py"
+NET = f"{NETS}:net"
+
+
+def tree(path):
+    files = [p for p in path.rglob("*") if p.is_file()]
+    return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments, code=0):
+        found = cli.main([str(a) for a in arguments])
+        said = capsys.readouterr()
+        assert found == code, said.out + said.err
+        return said.out if code == 0 else said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Weights of the net after a little training on digits, as safetensors."""
+    from safetensors.torch import save_file
+
+    sys.path.insert(0, str(NETS.parent))
+    import nets
+
+    model = nets.Net().train()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    train = sc.models.load_data("digits").train
+    for _ in range(3):
+        for x, y in train:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, path)
+    return path
+
+
+# ---------------------------------------------------------------- prune
+def test_the_main_job(run, trained, tmp_path):
+    out = tmp_path / "out"
+    text = run("prune", NET, "--at-most", "macs=50%", "--data", "digits", "--weights", trained, "-o", out)
+    for word in ("a:out", "channel", "MACs (batch of 1)", "as cut", "BatchNorm re-estimated", "proof: largest"):
+        assert word in text
+    assert str(out) in text
+    model = sc.load(out, lambda: __import__("nets").net())
+    assert model.a.out_channels < 8
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(model(x), sc.load(out)(x))
+
+
+def test_json_says_the_same_in_numbers(run, trained, tmp_path):
+    facts = json.loads(run("prune", NET, "--at-most", "macs=50%", "--at-most", "params=80%", "--data", "digits",
+                           "--weights", trained, "--json"))  # fmt: skip
+    assert facts["after"]["macs"] <= 0.5 * facts["before"]["macs"]
+    assert facts["after"]["params"] <= 0.95 * facts["before"]["params"]
+    assert set(facts["accuracy"]) == {"dense", "cut", "repaired"}
+    assert facts["accuracy"]["repaired"] > facts["accuracy"]["cut"] - 0.05
+    assert facts["proof"]["passed"] and facts["proof"]["max_error"] < 1e-9
+    assert all(row["units_after"] < row["units_before"] for row in facts["groups"])
+    assert facts["folder"] is None and facts["batch"] == 1
+
+
+def test_score_allocation_seed_and_ignore_reach_the_plan(run):
+    arguments = ("prune", NET, "--at-most", "macs=60%", "--input", "2x1x8x8", "--json")
+    choice = ("--score", "random", "--allocation", "uniform", "--seed", "3", "--ignore", "a")
+    facts = json.loads(run(*arguments, *choice))
+    assert facts["why"]["score"] == "random" and facts["why"]["seed"] == 3
+    assert "uniform" in json.dumps(facts["why"])
+    again = json.loads(run(*arguments, *choice))
+    assert again["groups"] == facts["groups"]
+    assert not [row for row in facts["groups"] if row["name"].startswith("a:")]
+
+
+def test_a_rewritten_graph_takes_any_batch(run, tmp_path):
+    np.savez(tmp_path / "d.npz", inputs=np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32),
+             labels=np.arange(40) % 3)  # fmt: skip
+    facts = json.loads(run("prune", f"{NETS}:hard", "--at-most", "macs=60%", "--data", f"npz:{tmp_path / 'd.npz'}",
+                           "-o", tmp_path / "out", "--json"))  # fmt: skip
+    assert facts["how"] == "graph" and facts["notes"]
+    assert set(facts["accuracy"]) == {"dense", "cut"}, "there is no BatchNorm to re-estimate"
+    assert sc.load(tmp_path / "out")(torch.randn(7, 6)).shape == (7, 3)
+
+
+def test_float16_models_work(run, tmp_path):
+    facts = json.loads(run("prune", f"{NETS}:half", "--at-most", "macs=60%", "--data", "digits", "--json"))
+    assert facts["after"]["bytes"] < facts["before"]["bytes"] and facts["proof"]["passed"]
+
+
+# ---------------------------------------------------------------- inspect, measure, demo
+def test_inspect_names_groups_frozen_axes_and_costs(run):
+    text = run("inspect", NET, "--input", "1x1x8x8")
+    for word in ("a:out", "why it stays", "the model's output", "MACs (batch of 1)", "units"):
+        assert word in text
+    facts = json.loads(run("inspect", NET, "--input", "1x1x8x8", "--json"))
+    assert {row["name"] for row in facts["groups"]} >= {"a:out"}
+    assert all({"size", "reason", "where"} <= set(row) for row in facts["frozen"])
+    assert facts["cost"]["params"] == 834 + 584
+
+
+def test_measure_states_its_conditions(run):
+    text = run("measure", NET, "--input", "4x1x8x8", "--rounds", 3, "--threads", 1)
+    for word in ("MACs (batch of 4)", "peak memory", "latency, median", "3 rounds, 1 threads, cpu, float32"):
+        assert word in text
+    facts = json.loads(run("measure", NET, "--input", "4x1x8x8", "--rounds", 3, "--json"))
+    assert facts["batch"] == 4 and facts["latency_median_s"] > 0 and facts["peak_bytes"] > facts["bytes"]
+
+
+def test_measure_of_a_folder_agrees_with_what_prune_wrote(run, tmp_path):
+    facts = json.loads(run("prune", NET, "--at-most", "macs=60%", "--input", "2x1x8x8", "-o", tmp_path / "o", "--json"))
+    for extra in ((), ("--factory", NET)):
+        found = json.loads(run("measure", tmp_path / "o", "--rounds", 2, "--json", *extra))
+        assert {k: found[k] for k in ("macs", "params", "bytes")} == facts["after"]
+
+
+def test_the_demo_trains_prunes_and_times(run, monkeypatch, tmp_path):
+    from secateur import demo
+
+    train = demo.trained_digits_net
+    monkeypatch.setattr(demo, "trained_digits_net", lambda data, **kw: train(data, **{**kw, "epochs": 1}))
+    facts = json.loads(run("demo", "--json", "-o", tmp_path / "out"))
+    assert facts["after"]["macs"] <= 0.5 * facts["before"]["macs"]
+    assert facts["proof"]["passed"] and set(facts["accuracy"]) == {"dense", "cut", "repaired"}
+    assert facts["seconds"]["seconds"]["dense"]["median"] > 0
+    assert sc.load(tmp_path / "out")(torch.rand(1, 1, 8, 8)).shape == (1, 10)
+    text = run("demo")
+    assert "dense" in text and "proof" in text and "times as fast" in text
+
+
+@pytest.mark.slow
+def test_the_demo_reaches_its_accuracy(run):
+    facts = json.loads(run("demo", "--json"))
+    assert facts["accuracy"]["dense"] > 0.97 and facts["accuracy"]["repaired"] > 0.93
+
+
+# ---------------------------------------------------------------- how it refuses
+PRUNE = ("prune", NET, "--at-most", "macs=50%", "--input", "1x1x8x8")
+REFUSALS = [
+    (("prune", NET, "--input", "1x1x8x8"), 2, r"--at-most"),
+    (("prune", NET, "--at-most", "flops=50%"), 2, r"'flops=50%' is not a target.\n  Write one of macs=50%"),
+    (("prune", NET, "--at-most", "macs=lots", "--input", "1x1x8x8"), 2, r"'lots' is not a budget"),
+    (("prune", NET, "--at-most", "macs=0%", "--input", "1x1x8x8"), 2, r"asks for 0 macs.*\n.*above 0 %"),
+    (("prune", NET, "--at-most", "macs=100%", "--input", "1x1x8x8"), 2, r"the dense model has [\d,]+.\n.*below 100 %"),
+    (("prune", NET, "--at-most", "macs=1%", "--input", "1x1x8x8"), 1, r"(?i)macs.*\n"),
+    ((*PRUNE, "--score", "magic"), 2, r"unknown criterion 'magic'.\n  There are: l1, l2"),
+    ((*PRUNE, "--allocation", "magic"), 2, r"magic.*global"),
+    ((*PRUNE, "--input", "axb"), 2, r"'axb' is not a shape"),
+    ((*PRUNE, "--data", "npz:nowhere.npz"), 1, r"nowhere.npz does not exist"),
+    ((*PRUNE, "--data", f"{NETS}:no_rows"), 1, r"is empty"),
+    ((*PRUNE, "--weights", "nowhere.pth"), 1, r"nowhere.pth does not exist"),
+    (("prune", NET, "--at-most", "macs=50%"), 2, r"does not say what its inputs look like.\n  Add --input"),
+    (("prune", NET, "--at-most", "macs=50%", "--input", "1x3x8x8"), 2, r"cannot run on inputs of \(1, 3, 8, 8\)"),
+    (("prune", f"{NETS}:diverged", "--at-most", "macs=50%"), 1, r"b.weight are not finite"),
+    (("prune", "nowhere.py:net", "--at-most", "macs=50%"), 1, r"nowhere.py does not exist"),
+    (("measure", "nowhere"), 1, r"'nowhere' is no model"),
+    (("cut", NET), 2, r"No such command 'cut'"),
+    (("measure", NET, "--faster"), 2, r"No such option"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "said"), REFUSALS, ids=[" ".join(r[0][2:])[-40:] for r in REFUSALS])
+def test_what_cannot_be_is_refused_and_nothing_is_written(arguments, code, said, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = ("-o", tmp_path / "out") if arguments[0] == "prune" else ()
+    message = run(*arguments, *out, code=code)
+    assert re.search(said, message, re.DOTALL), message
+    assert "Traceback" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_with_code_in_them(run, tmp_path):
+    (tmp_path / "w.pth").write_bytes(pickle.dumps(subprocess.Popen))
+    before = tree(tmp_path)
+    message = run(*PRUNE, "--weights", tmp_path / "w.pth", "-o", tmp_path / "out", code=1)
+    assert "could run code" in message and str(tmp_path / "w.pth") in message
+    assert tree(tmp_path) == before
+
+
+def test_a_refused_job_leaves_the_old_folder_as_it_was(run, tmp_path):
+    run(*PRUNE, "-o", tmp_path / "out")
+    before = tree(tmp_path)
+    run("prune", NET, "--at-most", "macs=0.1%", "--input", "1x1x8x8", "-o", tmp_path / "out", code=1)
+    assert tree(tmp_path) == before
+
+
+def test_a_tampered_folder(run, tmp_path):
+    run(*PRUNE, "-o", tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "cut short" in run("measure", tmp_path / "out", code=1)
+
+
+def test_a_fault_of_ours_is_called_one(run, monkeypatch):
+    def fault(*_, **__):
+        raise KeyError("axis")
+
+    monkeypatch.setattr(cli, "load_model", fault)
+    message = run("inspect", NET, code=1)
+    assert "KeyError" in message and "--debug" in message and "Traceback" not in message
+    with pytest.raises(KeyError):
+        cli.main(["inspect", NET, "--debug"])
+
+
+def test_an_interruption_is_no_error_of_the_model(run, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_model", interrupted)
+    assert "Traceback" not in run("inspect", NET, code=130)
+
+
+def test_it_runs_as_a_module_and_answers_help():
+    done = subprocess.run([sys.executable, "-m", "secateur", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for command in ("prune", "inspect", "measure", "demo"):
+        assert command in done.stdout
+    wrong = subprocess.run([sys.executable, "-m", "secateur", "measure", "nowhere"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stdout == "" and wrong.stderr.startswith("secateur: 'nowhere'")
