@@ -253,6 +253,24 @@ class FaintRoll(Case):
         return x + 1e-6 * self.f2(torch.cat([y[:, 5:], y[:, :5]], 1))
 
 
+class DoubleDuty(Case):
+    """An attribute that is the width of a view and, by coincidence of value, a divisor and an exponent as well."""
+
+    units = {"h": U("f1.weight", 0, prod((3, 4), 0)), "d": U("f1.weight", 0, prod((3, 4), 1))}
+
+    def __init__(self):
+        super().__init__()
+        self.n, self.size = 4, 12
+        self.f1, self.f2 = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x):
+        y = self.f1(x).view(-1, 3, self.n) / self.n
+        return x + self.f2(y.reshape(-1, self.size)) / self.size**self.n
+
+    def reference(self, keep, x):
+        return x + self.f2(on(self.f1(x) / 4, both(keep["h"], keep["d"]))) / 12**4
+
+
 class SameTwice(Case):
     """cat([x, x]), a difference of halves, and a product with a constant table in code."""
 
@@ -307,5 +325,5 @@ class TopExperts(Case):
 
 CASES = (
     RollAdded, PermutedAdded, ShuffleAdded, Regrouped, InPlace, WithTheBatch, DynamicDepthwise, StreamMeetsHeads,
-    LayerMixture, Unfolded, FaintRoll, SameTwice, TopExperts,
+    LayerMixture, Unfolded, FaintRoll, DoubleDuty, SameTwice, TopExperts,
 )  # fmt: skip

@@ -115,9 +115,7 @@ class RotaryInterleaved(Case):
 
     def reference(self, keep, x):
         first, second = [0, 2, 4, 6], [1, 3, 5, 7]
-        q, k = (
-            rotated(heads_of(f(x), 2), self.cos, self.sin, keep["pair"], first, second) for f in (self.q, self.k)
-        )
+        q, k = (rotated(heads_of(f(x), 2), self.cos, self.sin, keep["pair"], first, second) for f in (self.q, self.k))
         y = attend(q, k, heads_of(self.v(x), 2), 0.4)
         return self.o(on(joined(y), both(keep["h"], keep["v"])))
 
