@@ -45,6 +45,7 @@ def test_a_folder_holds_three_files_and_no_pickle(saved):
     assert document["format"] == "secateur/1"
     assert document["after"]["macs"] < document["before"]["macs"]
     assert document["proof"]["passed"] is True
+    assert len({p.stat().st_mode for p in saved.iterdir()}) == 1, "whoever may read one file may read all"
 
 
 def test_loaded_with_a_factory_it_is_the_same_class_and_the_same_bits(result, saved, x):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,6 +90,7 @@ def save(result: Result, folder: str | Path) -> Path:
             (fresh / GRAPH).write_text(json.dumps(form, separators=(",", ":")))
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(fresh.iterdir())}
         (fresh / MARK).write_text(_sealed({**document, "files": files}))
+        shutil.copymode(fresh / MARK, fresh / TENSORS)  # safetensors writes for the owner alone
 
     replace_folder(folder, fill)
     return folder
