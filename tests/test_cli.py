@@ -102,6 +102,16 @@ def test_a_rewritten_graph_takes_any_batch(run, tmp_path):
     assert sc.load(tmp_path / "out")(torch.randn(7, 6)).shape == (7, 3)
 
 
+def test_an_exported_program_is_pruned_with_the_inputs_it_brings(run, tmp_path):
+    import nets
+
+    program = torch.export.export(nets.net(), (torch.randn(2, 1, 8, 8),), strict=False)
+    torch.export.save(program, tmp_path / "net.pt2")
+    facts = json.loads(run("prune", tmp_path / "net.pt2", "--at-most", "macs=60%", "-o", tmp_path / "out", "--json"))
+    assert facts["proof"]["passed"] and facts["batch"] == 2
+    assert sc.load(tmp_path / "out")(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+
 def test_float16_models_work(run, tmp_path):
     facts = json.loads(run("prune", f"{NETS}:half", "--at-most", "macs=60%", "--data", "digits", "--json"))
     assert facts["after"]["bytes"] < facts["before"]["bytes"] and facts["proof"]["passed"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -153,6 +154,7 @@ def _print(facts: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors are one message on standard error, without a traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)", category=FutureWarning)  # torch's own
     try:
         app(given, prog_name="secateur")
         return 0

@@ -17,7 +17,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from secateur.errors import ModelError
 
@@ -44,8 +44,8 @@ def load_program(path: Path) -> tuple[nn.Module, tuple | None, dict[str, Any]]:
         raise ModelError(f"{path} does not exist (looked from {Path.cwd()}).\n  Check the path.")
     inputs = _look_through(path)
     try:
-        program = torch.export.load(path)
-        module = program.module(check_guards=False)
+        module = torch.export.load(path).module(check_guards=False)
+        module = fx.GraphModule(module, module.graph)  # one that allows eval(), which the exporter's forbids
     except Exception as error:  # the reader raises many unrelated types
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(f"{path} cannot be loaded by torch {torch.__version__}: {first}.\n"
