@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from secateur import budget
 from secateur import score as criteria
 from secateur.budget.targets import Target
-from secateur.errors import DataError, InputError, ModelError
+from secateur.errors import DataError, InputError, ModelError, TargetError
 from secateur.measure.count import count
 from secateur.measure.proof import Proof, prove, require
 from secateur.measure.run import at_rest, forward, shapes
@@ -22,7 +22,7 @@ from secateur.plan import Cost, Plan
 from secateur.repair import batch_norm_statistics
 from secateur.surgery import Cut, cut
 from secateur.surgery.optimizer import migrate
-from secateur.trace import Graph, trace
+from secateur.trace import Graph, analyse, trace
 
 Progress = Callable[[str], None]
 
@@ -92,17 +92,10 @@ def prune(
     check(model, args, kwargs)
     say("trace")
     graph = trace(model, args, kwargs, ignore=ignore)
-    say("score")
-    scores = criteria.score(graph, model, score, seed)
-    say("plan")
-    plan = _explained(budget.plan(graph, scores, *targets, allocation=allocation), score, seed)
-    say("cut")
-    done = cut(model, graph, plan)
-    say("prove")
-    proof = prove(model, graph, plan.keep, done.model)
-    if not proof.passed and done.how == "attributes":  # a number of forward() that no shape shows, such as sqrt(width)
-        done = cut(model, graph, plan, refuse_class=f"its forward() deviates by {proof.max_error:.1e} after the cut")
-        proof = prove(model, graph, plan.keep, done.model)
+    ask = _Asked(model, score, seed, targets, allocation, say)
+    plan, done, proof = ask.carry_out(graph)
+    if done.how == "graph":
+        graph, plan, done, proof = ask.with_class(graph, ignore) or (graph, plan, done, proof)
     require(proof, type(model).__name__)
     if data is not None:
         say("repair")
@@ -114,6 +107,44 @@ def prune(
     if after != plan.after:
         notes.append(f"the plan predicted {plan.after}, the cut model counts {after}: an op without a rule takes part")
     return Result(done.model, plan, proof, before, after, graph, done, notes, model)
+
+
+@dataclass
+class _Asked:
+    """What was asked of one model, so that it can be tried on more than one trace of it."""
+
+    model: nn.Module
+    score: Any
+    seed: int
+    targets: tuple[Target, ...]
+    allocation: str
+    say: Progress
+
+    def carry_out(self, graph: Graph) -> tuple[Plan, Cut, Proof]:
+        self.say("score")
+        scores = criteria.score(graph, self.model, self.score, self.seed)
+        self.say("plan")
+        plan = _explained(budget.plan(graph, scores, *self.targets, allocation=self.allocation), self.score, self.seed)
+        self.say("cut")
+        done = cut(self.model, graph, plan)
+        self.say("prove")
+        proof = prove(self.model, graph, plan.keep, done.model)
+        if not proof.passed and done.how == "attributes":  # a number of forward() that no shape shows, such as sqrt(width)
+            done = cut(self.model, graph, plan, refuse_class=f"its forward() deviates by {proof.max_error:.1e} after the cut")
+            proof = prove(self.model, graph, plan.keep, done.model)
+        return plan, done, proof
+
+    def with_class(self, graph: Graph, ignore: Sequence[str]) -> tuple[Graph, Plan, Cut, Proof] | None:
+        """The same with ties that let the user's class follow; None where that does not help or the budget is then out
+        of reach."""
+        tied = analyse(graph.capture, self.model, ignore, for_class=True)
+        if {n: g.size for n, g in tied.groups.items()} == {n: g.size for n, g in graph.groups.items()}:
+            return None
+        try:
+            plan, done, proof = self.carry_out(tied)
+        except (TargetError, InputError):  # scores given by hand are for the groups of the free trace
+            return None
+        return (tied, plan, done, proof) if done.how == "attributes" and proof.passed else None
 
 
 def check(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:

@@ -8,16 +8,18 @@ Whether that was right is not assumed: the caller runs the module against the pr
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from secateur.axes import Axis, count
 from secateur.surgery.predict import Change
-from secateur.trace.call import module_of
+from secateur.trace.call import module_of, tensors_in
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ def _numbers(value: Any) -> list[int]:
 def evidence(changed: Iterable[Change], shapes: dict[str, list[tuple[int, int]]]) -> dict[str, dict[int, list[int]]]:
     """module path -> old number -> the new numbers it was seen to become, the most telling first.
 
-    Constants of the module's own ops come first, then the sizes of its own parameters. `shapes` lists (old, new) sizes
-    of the parameters of each module.
+    Constants of the module's own ops come first, then the sizes in `shapes`: (old, new) of the parameters of each
+    module and of the tensors its own ops work on.
     """
     out: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for c in changed:
@@ -152,4 +154,14 @@ def parameter_shapes(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor])
         for a, b in zip(old[name].shape, tensor.shape, strict=True):
             if a != b:
                 out[name.rpartition(".")[0]].append((a, b))
+    return dict(out)
+
+
+def tensor_shapes(changed: list[Change], env: dict, keep: Mapping[Axis, np.ndarray]) -> dict[str, list[tuple[int, int]]]:
+    """(old, new) sizes of what goes into the ops whose constants changed, by the module that ran them."""
+    out: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for c in changed:
+        for node in c.node.all_input_nodes:
+            for dims in tensors_in(env.get(node)):
+                out[module_of(c.node)] += [(d.size, count(d, keep)) for d in dims if count(d, keep) != d.size]
     return dict(out)

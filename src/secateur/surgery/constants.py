@@ -49,12 +49,11 @@ def _split(c: Call, out: Any, keep: Keep) -> Changes:
     if c.op in ("split_with_sizes", "unsafe_split_with_sizes"):
         return {"split_sizes": sizes}
     total = sum(sizes)
-    pieces = c["chunks"] if "chunks" in c.args else c["split_size"] if "split_size" in c.args else None
-    if isinstance(pieces, int) and total:
-        step = -(-total // pieces) if "chunks" in c.args else pieces
-        even = [min(step, total - i) for i in range(0, total, step)]
-        if even == sizes:
-            return {}
+    chunks = c["chunks"] if "chunks" in c.args else None
+    if total and (chunks or isinstance(c["split_size"], int)):
+        step = -(-total // chunks) if chunks else sizes[0]
+        if step and [min(step, total - i) for i in range(0, total, step)] == sizes:
+            return {} if chunks else {"split_size": step}
     return {"#op": torch.ops.aten.split_with_sizes.default, "#args": (sizes, dim)}
 
 

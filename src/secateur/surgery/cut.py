@@ -12,14 +12,17 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.axes import Axis, mask
-from secateur.errors import CutError
+from secateur.errors import CaptureError, CutError
 from secateur.plan import Plan
 from secateur.surgery import attributes
 from secateur.surgery.attributes import Edit
 from secateur.surgery.batch import batch_is_free
+from secateur.surgery.constants import new_shape
 from secateur.surgery.oplog import first_difference, run_logged
 from secateur.surgery.predict import Prediction, cut_tensor, predict
 from secateur.trace import Graph
+from secateur.trace.call import op_name, shape_of
+from secateur.trace.capture import capture
 
 
 @dataclass
@@ -78,6 +81,8 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "") -> C
     trial, edits, why = (model, [], refuse_class) if refuse_class else _by_attributes(model, graph, keep, prediction, state)
     if not why:
         why = _disagreement(trial, args, kwargs, wanted, log)
+        if why.startswith("op ") and not _captured_differently(trial, graph, keep):
+            why = ""  # forward() takes another path while it is captured; captured again, it is what was predicted
     if why:
         free = predict(graph, keep, state, free_batch=True).module
         refused = batch_is_free(free, prediction.module, args, kwargs)
@@ -109,7 +114,10 @@ def _by_attributes(model: nn.Module, graph: Graph, keep, prediction: Prediction,
     for name, tensor in new.items():
         names = [name, *(a for a, first in graph.capture.aliases.items() if first == name)]
         replace(trial, names, tensor, state[name])
-    edits = attributes.propose(trial, prediction.changed, attributes.parameter_shapes(state, new))
+    sizes = attributes.parameter_shapes(state, new)
+    for path, pairs in attributes.tensor_shapes(prediction.changed, graph.env, keep).items():
+        sizes[path] = [*sizes.get(path, []), *pairs]
+    edits = attributes.propose(trial, prediction.changed, sizes)
     attributes.apply(trial, edits)
     return trial, edits, ""
 
@@ -137,6 +145,26 @@ def _disagreement(trial: nn.Module, args: tuple, kwargs: dict, wanted: Any, log:
     for a, b in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
         if isinstance(a, torch.Tensor) and a.device.type != "meta" and not _close(a, b):
             return "the module's output differs from that of the predicted graph"
+    return ""
+
+
+def _captured_differently(trial: nn.Module, graph: Graph, keep: dict[Axis, np.ndarray]) -> str:
+    """Capture the cut module again and compare op by op with the prediction; '' where they agree."""
+    args, kwargs = graph.capture.program.example_inputs
+    try:
+        again = capture(trial, args, kwargs).graph
+    except CaptureError as error:
+        return str(error)
+    mine, theirs = ([n for n in g.nodes if n.op == "call_function" and n.name] for g in (again, graph.capture.graph))
+    mine, theirs = ([n for n in nodes if op_name(n) != "_assert_tensor_metadata"] for nodes in (mine, theirs))
+    if len(mine) != len(theirs):
+        return f"{len(mine)} ops instead of {len(theirs)}"
+    for a, b in zip(mine, theirs, strict=True):
+        dims, value = graph.env.get(b), a.meta.get("val")
+        if op_name(a) != op_name(b):
+            return f"{op_name(a)} instead of {op_name(b)}"
+        if isinstance(dims, tuple) and isinstance(value, torch.Tensor) and shape_of(value) != new_shape(dims, keep):
+            return f"{op_name(a)} gives {shape_of(value)} instead of {new_shape(dims, keep)}"
     return ""
 
 

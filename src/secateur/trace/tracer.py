@@ -16,6 +16,7 @@ from secateur.trace.call import Call, Dims, Value, module_of, op_name, shape_of,
 from secateur.trace.capture import Capture, capture
 from secateur.trace.graph import Graph, Term, find_groups
 from secateur.trace.rules import RULES
+from secateur.trace.ties import tie
 
 KNOWN_ELEMENTS = 1 << 20  # constants up to this many elements are evaluated to see whether they are permutations
 
@@ -118,23 +119,26 @@ class Tracer:
         return value
 
 
-def trace(model: nn.Module, args: tuple, kwargs: Mapping | None = None, *, ignore: Sequence[str] = ()) -> Graph:
+def trace(
+    model: nn.Module, args: tuple, kwargs: Mapping | None = None, *, ignore: Sequence[str] = (), for_class: bool = False
+) -> Graph:
     """Find every axis of every tensor in `model`, and what must be cut together.
 
     Args:
         model: any module `torch.export` can capture; also on the meta device. It is not changed.
         args, kwargs: example inputs, as the model is called.
         ignore: names or shell patterns of modules, parameters or groups that keep their shape.
+        for_class: tie what the model's own class cannot tell apart, see `secateur.trace.ties`.
 
     Raises:
         CaptureError: the model cannot be captured; the message names the line.
         InputError: a pattern of `ignore` matches nothing.
     """
     captured = capture(model, args, kwargs)
-    return analyse(captured, model, ignore)
+    return analyse(captured, model, ignore, for_class)
 
 
-def analyse(captured: Capture, model: nn.Module, ignore: Sequence[str] = ()) -> Graph:
+def analyse(captured: Capture, model: nn.Module, ignore: Sequence[str] = (), for_class: bool = False) -> Graph:
     """The axes of a captured model (`trace` without the export)."""
     tracer = Tracer(captured)
     collecting = gc.isenabled()
@@ -152,6 +156,8 @@ def analyse(captured: Capture, model: nn.Module, ignore: Sequence[str] = ()) -> 
             dims = tracer.env[node]
             for a, b in zip(tensors.setdefault(name, dims), dims, strict=True):
                 unify(a, b)
+    if for_class:
+        tie(captured, tracer.env, model, tensors)
     graph = Graph(captured, tracer.env, tracer.terms, tensors, _sizes(model), notes=tracer.notes)
     for pattern in ignore:
         _ignore(graph, model, pattern)
