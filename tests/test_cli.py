@@ -198,6 +198,12 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(arguments, code, said,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_data_that_does_not_fit_the_model(run, tmp_path):
+    np.savez(tmp_path / "d.npz", images=np.zeros((10, 8, 8, 3), np.uint8), labels=np.zeros(10, np.uint8))
+    message = run("prune", NET, "--at-most", "macs=50%", "--data", f"npz:{tmp_path / 'd.npz'}", code=2)
+    assert "cannot run on inputs of (1, 3, 8, 8)" in message
+
+
 def test_weights_with_code_in_them(run, tmp_path):
     (tmp_path / "w.pth").write_bytes(pickle.dumps(subprocess.Popen))
     before = tree(tmp_path)

@@ -16,7 +16,7 @@ from secateur.errors import InputError
 from secateur.measure.run import batch_of
 from secateur.models import Data, LoadedModel, save
 from secateur.models.quality import accuracy
-from secateur.prune import Result, batches, prune
+from secateur.prune import Result, batches, check, prune
 from secateur.repair import batch_norm_statistics
 
 Progress = Callable[[str], None]
@@ -98,6 +98,7 @@ def run(
     say = progress or (lambda stage: None)
     measured: dict[str, float] = {}
     model = loaded.model
+    check(model, *inputs)
     if data is not None and data.labelled:
         say("accuracy of the dense model")
         measured["dense"] = accuracy(model, Cast(model, data.test))

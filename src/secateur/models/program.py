@@ -45,7 +45,7 @@ def load_program(path: Path) -> tuple[nn.Module, tuple | None, dict[str, Any]]:
     inputs = _look_through(path)
     try:
         module = torch.export.load(path).module(check_guards=False)
-        module = fx.GraphModule(module, module.graph)  # one that allows eval(), which the exporter's forbids
+        module = fx.GraphModule(module, module.graph)  # one whose mode may be set; the exporter's refuses
     except Exception as error:  # the reader raises many unrelated types
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(f"{path} cannot be loaded by torch {torch.__version__}: {first}.\n"
