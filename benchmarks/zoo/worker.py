@@ -46,10 +46,11 @@ def pruned(example: catalogue.Example, row: dict[str, Any], out: Path, at_most: 
         guard.write(out, row)
 
     target = sc.MACs(at_most=at_most)
-    with exports() as export, stages(importlib.import_module("secateur.prune"), ("trace", "cut", "prove")) as seconds:
+    flow, tracer = importlib.import_module("secateur.prune"), importlib.import_module("secateur.trace.tracer")
+    with exports() as export, stages(flow, ("trace", "cut", "prove")) as seconds, stages(tracer, ("analyse",)) as inner:
         options = {"score": "l2", "allocation": "global", "kwargs": example.kwargs, "progress": progress}
         result = sc.prune(example.model, example.args, target, **options)
-    times = {"export": export[0], "axes": seconds["trace"] - export[0], "plan": marks["cut"] - marks["score"]}
+    times = {"export": export[0], "axes": inner["analyse"], "plan": marks["cut"] - marks["score"]}
     times |= {"cut": seconds["cut"], "proof": seconds["prove"]}
     row["seconds"] = {name: round(value, 3) for name, value in times.items()}
     return result
