@@ -75,6 +75,8 @@ def test_no_room_called_utils():
 def test_nothing_unpickles_or_evaluates(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
+            if ast.unparse(node) == "from pickle import UnpicklingError":
+                continue  # the name of what torch raises when it refuses a pickle
             names = [getattr(node, "module", None), *(alias.name for alias in node.names)]
             assert not {"pickle", "dill", "marshal", "shelve"} & set(names), node.lineno
         elif isinstance(node, ast.Call):
