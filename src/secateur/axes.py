@@ -467,18 +467,28 @@ def mask(e: Dim, keep: Keep) -> np.ndarray:
     return out
 
 
-def units(e: Dim, axis: Axis) -> np.ndarray:
-    """For each position of `e` the unit of `axis` it belongs to, or -1. A position belongs to one unit at most
-    unless `axis` is multiplied by itself; then the outermost is given."""
+def occurrences(e: Dim) -> dict[Axis, tuple[np.ndarray, np.ndarray]]:
+    """For every axis in `e` the pairs (unit, position): unit `units[k]` stands at position `positions[k]`."""
     e = resolve(e)
     if isinstance(e, Axis):
-        return np.arange(e.size) if e is axis else np.full(e.size, -1)
+        every = np.arange(e.size)
+        return {e: (every, every)}
+    found: dict[Axis, list[tuple[np.ndarray, np.ndarray]]] = {}
     if isinstance(e, Perm):
-        return units(e.base, axis)[e.order]
+        where = np.argsort(e.order)
+        return {a: (u, where[p]) for a, (u, p) in occurrences(e.base).items()}
     if isinstance(e, Sum):
-        return np.concatenate([units(t, axis) for t in e.terms]) if e.terms else np.zeros(0, int)
-    out = np.full(1, -1)
-    for f in e.factors:
-        own = units(f, axis)
-        out = np.where(out[:, None] >= 0, out[:, None], own[None, :]).reshape(-1)
-    return out
+        start = 0
+        for t in e.terms:
+            for a, (u, p) in occurrences(t).items():
+                found.setdefault(a, []).append((u, p + start))
+            start += t.size
+    else:
+        inner = e.size
+        for f in e.factors:
+            inner //= f.size
+            outside = np.arange(0, e.size, inner * f.size)[:, None, None]
+            for a, (u, p) in occurrences(f).items():
+                positions = outside + (p * inner)[None, :, None] + np.arange(inner)[None, None, :]
+                found.setdefault(a, []).append((np.broadcast_to(u[None, :, None], positions.shape).reshape(-1), positions.reshape(-1)))
+    return {a: (np.concatenate([u for u, _ in rows]), np.concatenate([p for _, p in rows])) for a, rows in found.items()}

@@ -72,6 +72,14 @@ class Plan:
             PlanError: `other` was not made for the model that `self` leaves.
         """
         keep = dict(self.keep)
+        left = {n for n, m in keep.items() if int(m.sum()) > 1}
+        if not left <= other.keep.keys():
+            missing = sorted(left - other.keep.keys())
+            raise PlanError(
+                f"the first plan leaves {len(left)} groups of more than one unit, and the second does not decide on {missing[0]!r}.\n"
+                "  A group named by its place beside others takes a new name when one of those falls to one unit: "
+                "keep two units there, or make one plan."
+            )
         for name, later in other.keep.items():
             if name not in keep:
                 raise PlanError(f"group {name!r} of the second plan is not in the first.\n  Trace the cut model with the same ignore=.")

@@ -55,8 +55,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "budget off by one unit",
         "secateur/budget/allocate.py",
-        "    keep = _keep(scores, order[:low])\n",
-        "    keep = _keep(scores, order[: low + 1])\n",
+        "    keep = order.keep(scores, low)\n",
+        "    keep = order.keep(scores, low + 1)\n",
         (f"{BUDGET}::test_the_search_stops_at_the_first_plan_that_fits",),
     ),
     Mutant(

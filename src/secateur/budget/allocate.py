@@ -8,6 +8,7 @@ last unit of the prefix was so costly that the result falls more than 1 % below 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,8 +21,6 @@ from secateur.trace import Graph
 FLOOR = 0.1  # of each group stays as long as anything else can go: a layer cut to one unit cuts the network in two
 CLOSE = 0.99
 ALLOCATIONS = ("global", "uniform")
-
-Order = list[tuple[str, int]]
 
 
 def plan(graph: Graph, scores: Mapping[str, torch.Tensor], *targets: Target, allocation: str = "global", fill: bool = True) -> Plan:
@@ -45,7 +44,7 @@ def plan(graph: Graph, scores: Mapping[str, torch.Tensor], *targets: Target, all
     order = elimination_order(scores, allocation)
 
     def reached(n: int) -> bool:
-        return _fits(graph.cost(_keep(scores, order[:n])), limits)
+        return _fits(graph.cost(order.keep(scores, n)), limits)
 
     if not reached(len(order)):
         raise _out_of_reach(graph, scores, order, limits)
@@ -53,37 +52,58 @@ def plan(graph: Graph, scores: Mapping[str, torch.Tensor], *targets: Target, all
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if reached(middle) else (middle + 1, high)
-    keep = _keep(scores, order[:low])
+    keep = order.keep(scores, low)
     if fill:
-        _put_back(graph, keep, order[:low], limits)
+        _put_back(graph, keep, order, low, limits)
     after = graph.cost(keep)
     why = {"targets": [str(t) for t in targets], "limits": [n for _, n in limits], "allocation": allocation}
     return Plan(keep, dense, after, why)
 
 
 def elimination_order(scores: Mapping[str, torch.Tensor], allocation: str) -> Order:
-    """All removable units, first to go first; at least one of each group is never listed. Ties go by group and index."""
+    """All removable units, first to go first; at least one of each group is never listed. Ties go by group and index.
+
+    A tenth of each group goes only after everything else: a layer cut to one unit cuts the network in two.
+    """
     if allocation not in ALLOCATIONS:
         raise InputError(f"unknown allocation {allocation!r}.\n  There are: {', '.join(ALLOCATIONS)}.")
-    rows: list[tuple[bool, float, int, int, str]] = []
-    for g, (name, score) in enumerate(scores.items()):
-        n = len(score)
-        floor = max(1, int(np.ceil(FLOOR * n)))
-        ranked = torch.argsort(score, stable=True).tolist()
-        for rank, unit in enumerate(ranked[: n - 1]):
-            if np.isinf(float(score[unit])):
-                break
-            key = float(score[unit]) if allocation == "global" else (rank + 1) / n
-            rows.append((rank >= n - floor, key, g, unit, name))
-    rows.sort(key=lambda r: r[:4])
-    return [(r[4], r[3]) for r in rows]
+    last, keys, groups, units = ([np.zeros(0)] for _ in range(4))
+    for g, score in enumerate(scores.values()):
+        value = score.numpy().astype(np.float64)
+        ranked = np.argsort(value, kind="stable")[: len(value) - 1]
+        ranked = ranked[~np.isinf(value[ranked])]
+        rank = np.arange(len(ranked))
+        last.append(rank >= len(value) - max(1, int(np.ceil(FLOOR * len(value)))))
+        keys.append(value[ranked] if allocation == "global" else (rank + 1) / len(value))
+        groups.append(np.full(len(ranked), g))
+        units.append(ranked)
+    by = [np.concatenate(column) for column in (units, groups, keys, last)]
+    order = np.lexsort(by)
+    return Order(list(scores), by[1][order].astype(int), by[0][order].astype(int))
 
 
-def _keep(scores: Mapping[str, torch.Tensor], removed: Order) -> dict[str, torch.Tensor]:
-    masks = {n: np.ones(len(s), bool) for n, s in scores.items()}
-    for name, unit in removed:
-        masks[name][unit] = False
-    return {n: torch.from_numpy(m) for n, m in masks.items()}
+@dataclass(frozen=True)
+class Order:
+    """Units in the order in which they go: `names[groups[i]]`, unit `units[i]`."""
+
+    names: list[str]
+    groups: np.ndarray
+    units: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def keep(self, scores: Mapping[str, torch.Tensor], n: int) -> dict[str, torch.Tensor]:
+        """Masks after the first `n` units went."""
+        masks = {}
+        gone, units = self.groups[:n], self.units[:n]
+        by_group = np.argsort(gone, kind="stable")
+        bounds = np.searchsorted(gone[by_group], np.arange(len(self.names) + 1))
+        for g, name in enumerate(self.names):
+            mask = np.ones(len(scores[name]), bool)
+            mask[units[by_group[bounds[g] : bounds[g + 1]]]] = False
+            masks[name] = torch.from_numpy(mask)
+        return masks
 
 
 def _fits(cost: Cost, limits: list[tuple[Target, int]]) -> bool:
@@ -94,10 +114,11 @@ def _close(cost: Cost, limits: list[tuple[Target, int]]) -> bool:
     return any(getattr(cost, t.figure) >= CLOSE * limit for t, limit in limits)
 
 
-def _put_back(graph: Graph, keep: dict[str, torch.Tensor], removed: Order, limits: list[tuple[Target, int]]) -> None:
+def _put_back(graph: Graph, keep: dict[str, torch.Tensor], order: Order, n: int, limits: list[tuple[Target, int]]) -> None:
     """Revive units, latest removed first, while the result is more than 1 % below the budget and they fit."""
     full: set[str] = set()  # a group whose next unit did not fit gets no further try: its units cost about the same
-    for name, unit in reversed(removed):
+    for i in reversed(range(n)):
+        name, unit = order.names[order.groups[i]], order.units[i]
         if _close(graph.cost(keep), limits):
             return
         if name in full:
@@ -111,7 +132,7 @@ def _put_back(graph: Graph, keep: dict[str, torch.Tensor], removed: Order, limit
 
 
 def _out_of_reach(graph: Graph, scores: Mapping[str, torch.Tensor], order: Order, limits: list[tuple[Target, int]]) -> TargetError:
-    keep = _keep(scores, order)
+    keep = order.keep(scores, len(order))
     nearest, dense = graph.cost(keep), graph.cost()
     target, limit = next((t, n) for t, n in limits if getattr(nearest, t.figure) > n)
     have = getattr(nearest, target.figure)

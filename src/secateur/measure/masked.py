@@ -13,32 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from secateur.axes import Axis, Dim, mask
 from secateur.trace import Graph
 from secateur.trace.call import Call
 
 Keep = Mapping[Axis, np.ndarray]
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class InFloat64(TorchDispatchMode):
-    """Whatever asks for a narrower float gets float64, so that a model with casts inside still computes in float64."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def widen(v: Any) -> Any:
-            return torch.float64 if isinstance(v, torch.dtype) and v in _NARROW else v
-
-        args, kwargs = tree_map(widen, (args, kwargs or {}))
-        schema = func._schema.name
-        if schema in _FACTORIES and kwargs.get("dtype") is None:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
-
-
-_FACTORIES = frozenset(f"aten::{n}" for n in ("zeros", "ones", "empty", "rand", "randn", "linspace"))
 
 
 class MaskedOriginal(fx.Interpreter):

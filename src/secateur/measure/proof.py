@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from secateur.axes import Axis
 from secateur.errors import ProofError
-from secateur.measure.masked import InFloat64, MaskedOriginal
+from secateur.measure.float64 import InFloat64, double
+from secateur.measure.masked import MaskedOriginal
 from secateur.measure.run import at_rest
 from secateur.trace import Graph
 
@@ -40,16 +41,6 @@ class Proof:
         return {**asdict(self), "passed": self.passed}
 
 
-def _double(value: Any) -> Any:
-    def one(v: Any) -> Any:
-        if isinstance(v, torch.Tensor):
-            v = v.detach().cpu()
-            return v.double() if v.is_floating_point() else v.clone()
-        return v
-
-    return tree_map(one, value)
-
-
 def masked_outputs(graph: Graph, keep: Mapping[Axis, Any], state: Mapping[str, torch.Tensor], args: tuple, kwargs: Mapping) -> list:
     """Flat outputs of the masked original in float64. `state` is the dense model's; gradients flow into `state`
     and the inputs where they ask for it."""
@@ -73,9 +64,9 @@ def prove(
         inputs: (args, kwargs); by default the example inputs of the trace. Shapes must be those of the trace.
     """
     args, kwargs = inputs if inputs is not None else graph.capture.program.example_inputs
-    args, kwargs = _double((tuple(args), dict(kwargs)))
+    args, kwargs = double((tuple(args), dict(kwargs)))
     named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    state = {**_double(dict(graph.capture.values)), **_double(named)}
+    state = {**double(dict(graph.capture.values)), **double(named)}
     other = copy.deepcopy(cut_model).cpu().double()
     with torch.no_grad():
         wanted = masked_outputs(graph, graph.keep_axes(keep), state, args, kwargs)

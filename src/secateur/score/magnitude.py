@@ -30,8 +30,10 @@ def per_unit(graph: Graph, group: Group, of: Callable[[torch.Tensor], torch.Tens
                 f"group {group.name!r} cannot be scored: {s.tensor!r} is on the meta device and has no values.\n"
                 "  Load the weights, or use score='random'."
             )
-        each = of(w.cpu().double()).movedim(s.dim, 0).flatten(1).sum(1) if w.dim() > 1 else of(w.cpu().double())
-        total += each[s.positions].sum(1)
+        others = [d for d in range(w.dim()) if d != s.dim]
+        each = of(w.float() if w.dtype in (torch.float16, torch.bfloat16) else w)
+        each = each.sum(others, dtype=torch.float64) if others else each.double()
+        total += each.cpu()[s.positions].sum(1)
     return total
 
 

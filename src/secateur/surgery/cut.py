@@ -18,11 +18,13 @@ from secateur.surgery import attributes
 from secateur.surgery.attributes import Edit
 from secateur.surgery.batch import batch_is_free
 from secateur.surgery.constants import new_shape
-from secateur.surgery.oplog import first_difference, run_logged
+from secateur.surgery.oplog import first_difference, in_float64, run_logged
 from secateur.surgery.predict import Prediction, cut_tensor, predict
 from secateur.trace import Graph
 from secateur.trace.call import op_name, shape_of
 from secateur.trace.capture import capture
+
+SAME = 1e-9  # relative, in float64: the cut module and the predicted graph are the same function
 
 
 @dataclass
@@ -71,7 +73,7 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "") -> C
     prediction = predict(graph, keep, state)
     args, kwargs = graph.capture.program.example_inputs
     try:
-        wanted, log = run_logged(prediction.module, args, kwargs)
+        wanted, log = run_logged(*in_float64(prediction.module, args, kwargs))
     except Exception as error:
         raise CutError(
             f"the predicted graph of {type(model).__name__} does not run: {error}.\n  Nothing was changed. "
@@ -135,7 +137,7 @@ def replace(model: nn.Module, names: list[str], tensor: torch.Tensor, like: torc
 def _disagreement(trial: nn.Module, args: tuple, kwargs: dict, wanted: Any, log: list) -> str:
     """Why the cut module is not what the graph predicts; '' where it is."""
     try:
-        got, own = run_logged(trial, args, kwargs)
+        got, own = run_logged(*in_float64(trial, args, kwargs))
     except Exception as error:  # any error of the user's forward means that its numbers do not fit
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"forward() does not fit the cut sizes ({lines[0][:200]})"
@@ -173,7 +175,5 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if not a.is_floating_point():
         return bool(torch.equal(a, b))
-    loose = 1e-3 if a.dtype in (torch.float32, torch.float64) else 0.1
-    a, b = a.double(), b.double()
     scale = float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()) if b.numel() else 0.0
-    return bool(torch.allclose(a, b, rtol=loose, atol=loose * scale, equal_nan=True))
+    return bool(torch.allclose(a, b, rtol=0.0, atol=SAME * scale, equal_nan=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def migrate(optimizer: torch.optim.Optimizer, dense: nn.Module, model: nn.Module
             if names[id(p)] in new:
                 own.append(new[names[id(p)]])
         groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": own})
-    fresh = type(optimizer)(groups, **optimizer.defaults)
+    known = inspect.signature(type(optimizer).__init__).parameters  # defaults may hold what a parent class was told
+    fresh = type(optimizer)(groups, **{k: v for k, v in optimizer.defaults.items() if k in known})
     for p, state in optimizer.state.items():
         name = names[id(p)]
         if name in new:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from secateur.axes import Axis, Dim, axes_of, count, resolve, units
+from secateur.axes import Axis, axes_of, count, is_frozen, occurrences, resolve
 from secateur.errors import PlanError
 from secateur.plan import Cost
 from secateur.trace.call import Dims, Value
@@ -180,26 +180,17 @@ def find_groups(graph: Graph) -> None:
     slots: dict[Axis, list[Slot]] = {}
     for name, dims in graph.tensors.items():
         for i, dim in enumerate(dims):
-            for axis in dict.fromkeys(axes_of(dim)):
+            for axis, (units, positions) in occurrences(dim).items() if not is_frozen(dim) else ():
                 if axis.reason is None:
-                    slots.setdefault(axis, []).append(Slot(name, i, _positions(dim, axis)))
+                    order = np.lexsort((positions, units))
+                    each = torch.from_numpy(positions[order].reshape(axis.size, -1))
+                    slots.setdefault(axis, []).append(Slot(name, i, each))
     for axis, found in slots.items():
         if not any(s.tensor in graph.capture.trainable for s in found):
             continue
         name = _name(graph, axis, found)
         graph.axes[name] = axis
         graph.groups[name] = Group(name, axis.size, axis.kind or "channel", tuple(found))
-
-
-def _positions(dim: Dim, axis: Axis) -> torch.Tensor:
-    owner = units(dim, axis)
-    order = np.argsort(owner, kind="stable")
-    order = order[owner[order] >= 0]
-    counts = np.bincount(owner[owner >= 0], minlength=axis.size)
-    if len(order) % axis.size or counts.min() != counts.max():  # the axis times itself: list what all units share
-        each = int(counts.min())
-        return torch.from_numpy(np.stack([np.flatnonzero(owner == u)[:each] for u in range(axis.size)]))
-    return torch.from_numpy(order.reshape(axis.size, -1).copy())
 
 
 def _name(graph: Graph, axis: Axis, slots: list[Slot]) -> str:

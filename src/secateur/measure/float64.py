@@ -1,0 +1,40 @@
+"""Running in float64 what was written for narrower floats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def double(value: Any) -> Any:
+    """Copies of all tensors in a nested value on the CPU, the floating ones in float64."""
+
+    def one(v: Any) -> Any:
+        if isinstance(v, torch.Tensor):
+            v = v.detach().cpu()
+            return v.double() if v.is_floating_point() else v.clone()
+        return v
+
+    return tree_map(one, value)
+
+
+class InFloat64(TorchDispatchMode):
+    """Whatever asks for a narrower float gets float64, so that a model with casts inside still computes in float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def widen(v: Any) -> Any:
+            return torch.float64 if isinstance(v, torch.dtype) and v in _NARROW else v
+
+        args, kwargs = tree_map(widen, (args, kwargs or {}))
+        schema = func._schema.name
+        if schema in _FACTORIES and kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+_FACTORIES = frozenset(f"aten::{n}" for n in ("zeros", "ones", "empty", "rand", "randn", "linspace"))
