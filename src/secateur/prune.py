@@ -68,6 +68,7 @@ def prune(
     ignore: Sequence[str] = (),
     seed: int = 0,
     kwargs: Mapping[str, Any] | None = None,
+    depth: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Trace, score, plan, cut, prove, and re-estimate BatchNorm where data is given. `model` is never changed.
@@ -81,6 +82,7 @@ def prune(
         score: "l1", "l2", "bn_scale", "random", a function `(graph, model, seed)`, or {group: numbers}.
         allocation: "global" or "uniform".
         ignore: names or patterns of modules, parameters or groups that keep their shape.
+        depth: whole residual blocks may go too, in the same ranking. The result is then a rewritten graph.
         progress: called with the name of each stage as it starts.
 
     Raises:
@@ -92,9 +94,9 @@ def prune(
     check(model, args, kwargs)
     say("trace")
     graph = trace(model, args, kwargs, ignore=ignore)
-    ask = _Asked(model, score, seed, targets, allocation, say)
+    ask = _Asked(model, score, seed, targets, allocation, depth, say)
     plan, done, proof = ask.carry_out(graph)
-    if done.how == "graph":
+    if done.how == "graph" and not graph.removed_blocks(plan.keep):
         graph, plan, done, proof = ask.with_class(graph, ignore) or (graph, plan, done, proof)
     require(proof, type(model).__name__)
     if data is not None:
@@ -118,11 +120,14 @@ class _Asked:
     seed: int
     targets: tuple[Target, ...]
     allocation: str
+    depth: bool
     say: Progress
 
     def carry_out(self, graph: Graph) -> tuple[Plan, Cut, Proof]:
         self.say("score")
         scores = criteria.score(graph, self.model, self.score, self.seed)
+        if self.depth:
+            scores = {**scores, **criteria.blocks(graph, self.model)}
         self.say("plan")
         plan = _explained(budget.plan(graph, scores, *self.targets, allocation=self.allocation), self.score, self.seed)
         self.say("cut")

@@ -7,7 +7,7 @@ last unit of the prefix was so costly that the result falls more than 1 % below 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,8 @@ def plan(graph: Graph, scores: Mapping[str, torch.Tensor], *targets: Target, all
 
     Args:
         graph: a trace.
-        scores: one number per unit and group; the lowest go first, infinity never goes.
+        scores: one number per unit and group; the lowest go first, infinity never goes. Residual blocks (`graph.blocks`)
+            that have a score, one number, may go as a whole.
         targets: all are met at once.
         allocation: "global" ranks all units together, "uniform" takes the same share of every group.
         fill: put units back where the result is more than 1 % below the budget.
@@ -41,7 +42,7 @@ def plan(graph: Graph, scores: Mapping[str, torch.Tensor], *targets: Target, all
         raise InputError("no target was given.\n  Pass one, such as MACs(at_most='50%').")
     dense = graph.cost()
     limits = [(t, t.limit(dense)) for t in targets]
-    order = elimination_order(scores, allocation)
+    order = elimination_order(scores, allocation, graph.blocks)
 
     def reached(n: int) -> bool:
         return _fits(graph.cost(order.keep(scores, n)), limits)
@@ -60,20 +61,22 @@ def plan(graph: Graph, scores: Mapping[str, torch.Tensor], *targets: Target, all
     return Plan(keep, dense, after, why)
 
 
-def elimination_order(scores: Mapping[str, torch.Tensor], allocation: str) -> Order:
-    """All removable units, first to go first; at least one of each group is never listed. Ties go by group and index.
+def elimination_order(scores: Mapping[str, torch.Tensor], allocation: str, blocks: Collection[str] = ()) -> Order:
+    """All removable units, first to go first; at least one of each group is never listed, but whole `blocks` are. Ties go
+    by group and index.
 
     A tenth of each group goes only after everything else: a layer cut to one unit cuts the network in two.
     """
     if allocation not in ALLOCATIONS:
         raise InputError(f"unknown allocation {allocation!r}.\n  There are: {', '.join(ALLOCATIONS)}.")
     last, keys, groups, units = ([np.zeros(0)] for _ in range(4))
-    for g, score in enumerate(scores.values()):
+    for g, (name, score) in enumerate(scores.items()):
         value = score.numpy().astype(np.float64)
-        ranked = np.argsort(value, kind="stable")[: len(value) - 1]
+        removable = len(value) - (name not in blocks)
+        ranked = np.argsort(value, kind="stable")[:removable]
         ranked = ranked[~np.isinf(value[ranked])]
         rank = np.arange(len(ranked))
-        last.append(rank >= len(value) - max(1, int(np.ceil(FLOOR * len(value)))))
+        last.append(rank >= len(value) - max(1, int(np.ceil(FLOOR * len(value)))) + (name in blocks))
         keys.append(value[ranked] if allocation == "global" else (rank + 1) / len(value))
         groups.append(np.full(len(ranked), g))
         units.append(ranked)

@@ -16,6 +16,7 @@ from torch import fx
 
 from secateur.axes import Axis, Dim, mask
 from secateur.trace import Graph
+from secateur.trace.blocks import bypassed
 from secateur.trace.call import Call
 
 Keep = Mapping[Axis, np.ndarray]
@@ -24,10 +25,11 @@ Keep = Mapping[Axis, np.ndarray]
 class MaskedOriginal(fx.Interpreter):
     """Interprets the dense graph of `graph` under `keep`. `state` holds its tensors (float64) by state name."""
 
-    def __init__(self, graph: Graph, keep: Keep, state: Mapping[str, torch.Tensor]):
+    def __init__(self, graph: Graph, keep: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]):
         super().__init__(fx.GraphModule({}, graph.capture.graph))
         self.traced = graph
-        self.keep = keep
+        self.keep: Keep = graph.keep_axes(keep)
+        self.bypass = bypassed(graph.removed_blocks(keep))
         self.state = state
 
     def inputs(self, flat: list[Any]) -> list[Any]:
@@ -46,6 +48,8 @@ class MaskedOriginal(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function" or not hasattr(n.target, "_schema"):
             return super().run_node(n)
+        if n in self.bypass:
+            return self.env[self.bypass[n]]
         if n.target._schema.name == "aten::_assert_tensor_metadata":
             return None  # it asserts the dtype of the dense run
         c = Call(n, self.traced.env)

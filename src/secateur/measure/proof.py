@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from secateur.axes import Axis
 from secateur.errors import ProofError
 from secateur.measure.float64 import InFloat64, double
 from secateur.measure.masked import MaskedOriginal
@@ -41,7 +40,7 @@ class Proof:
         return {**asdict(self), "passed": self.passed}
 
 
-def masked_outputs(graph: Graph, keep: Mapping[Axis, Any], state: Mapping[str, torch.Tensor], args: tuple, kwargs: Mapping) -> list:
+def masked_outputs(graph: Graph, keep: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], args: tuple, kwargs: Mapping) -> list:
     """Flat outputs of the masked original in float64. `state` is the dense model's; gradients flow into `state`
     and the inputs where they ask for it."""
     flat, _ = tree_flatten((args, dict(kwargs)))
@@ -69,7 +68,7 @@ def prove(
     state = {**double(dict(graph.capture.values)), **double(named)}
     other = copy.deepcopy(cut_model).cpu().double()
     with torch.no_grad():
-        wanted = masked_outputs(graph, graph.keep_axes(keep), state, args, kwargs)
+        wanted = masked_outputs(graph, keep, state, args, kwargs)
         with at_rest(other), InFloat64():
             got = tree_flatten(other(*args, **kwargs))[0]
     errors = tuple(_error(a, b) for a, b in zip(got, wanted, strict=True) if isinstance(b, torch.Tensor))

@@ -9,6 +9,7 @@ import torch
 from secateur.errors import InputError
 from secateur.score.bn_scale import bn_scale
 from secateur.score.chance import random
+from secateur.score.depth import blocks
 from secateur.score.magnitude import l1, l2
 from secateur.trace import Graph
 
@@ -35,4 +36,4 @@ def score(graph: Graph, model: torch.nn.Module, by: str | Callable | Mapping[str
     return found
 
 
-__all__ = ["CRITERIA", "bn_scale", "l1", "l2", "random", "score"]
+__all__ = ["CRITERIA", "blocks", "bn_scale", "l1", "l2", "random", "score"]

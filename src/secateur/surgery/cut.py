@@ -70,7 +70,10 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "") -> C
     """
     keep = graph.keep_axes(plan.keep)
     state = state_of(model)
-    prediction = predict(graph, keep, state)
+    prediction = predict(graph, plan.keep, state)
+    gone = graph.removed_blocks(plan.keep)
+    if gone:
+        refuse_class = f"forward() runs all residual blocks, and {len(gone)} of {len(graph.blocks)} go"
     args, kwargs = graph.capture.program.example_inputs
     try:
         wanted, log = run_logged(*in_float64(prediction.module, args, kwargs))
@@ -86,7 +89,7 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "") -> C
         if why.startswith("op ") and not _captured_differently(trial, graph, keep):
             why = ""  # forward() takes another path while it is captured; captured again, it is what was predicted
     if why:
-        free = predict(graph, keep, state, free_batch=True).module
+        free = predict(graph, plan.keep, state, free_batch=True).module
         refused = batch_is_free(free, prediction.module, args, kwargs)
         notes = [f"the rewritten graph takes only the batch size of the example inputs: {refused}"] if refused else []
         return Cut(prediction.module if refused else free, "graph", why, [], kept, prediction.module, notes)

@@ -19,7 +19,8 @@ from secateur.axes import Axis, mask
 from secateur.surgery.batch import free_the_batch
 from secateur.surgery.constants import changes
 from secateur.trace import Graph
-from secateur.trace.call import Call
+from secateur.trace.blocks import bypassed, live
+from secateur.trace.call import Call, op_name
 
 Keep = Mapping[Axis, np.ndarray]
 
@@ -53,10 +54,15 @@ def cut_tensor(tensor: torch.Tensor, dims, keep: Keep) -> torch.Tensor:
     return out.clone() if out.data_ptr() == tensor.data_ptr() or out is tensor else out
 
 
-def predict(graph: Graph, keep: Keep, state: Mapping[str, torch.Tensor], free_batch: bool = False) -> Prediction:
-    """Rewrite the captured graph for the kept units. `state` holds the dense tensors by state name. With `free_batch`
-    sizes that count the batch are read off the first input instead of written down."""
+def predict(
+    graph: Graph, plan_keep: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], free_batch: bool = False
+) -> Prediction:
+    """Rewrite the captured graph for the kept units of `plan_keep`. `state` holds the dense tensors by state name. With
+    `free_batch` sizes that count the batch are read off the first input instead of written down."""
     capture = graph.capture
+    keep = graph.keep_axes(plan_keep)
+    unused, bypass = graph.unused_tensors(plan_keep), bypassed(graph.removed_blocks(plan_keep))
+    runs = live(capture.graph, bypass)
     result = Prediction(fx.GraphModule({}, fx.Graph()))
     root = nn.Module()
     new = fx.Graph()
@@ -65,9 +71,13 @@ def predict(graph: Graph, keep: Keep, state: Mapping[str, torch.Tensor], free_ba
         if node.op == "placeholder" and node.name in capture.tensors:
             name = capture.tensors[node.name]
             name = capture.aliases.get(name, name)
+            if name in unused:
+                continue
             _attach(root, name, _cut_state(graph, name, keep, state))
             env[node] = new.get_attr(_attribute(name))
-        elif node.op == "call_function" and getattr(node.target, "__name__", "").startswith("_assert_tensor_metadata"):
+        elif node in bypass:
+            env[node] = env[bypass[node]]
+        elif node.op == "call_function" and (op_name(node) == "_assert_tensor_metadata" or bypass and node not in runs):
             continue
         elif node.op == "call_function":
             env[node] = _rewrite(graph, node, new, env, keep, result, root)

@@ -13,6 +13,7 @@ from torch import fx
 from secateur.axes import Axis, axes_of, count, is_frozen, occurrences, resolve
 from secateur.errors import PlanError
 from secateur.plan import Cost
+from secateur.trace.blocks import Block, bypassed, live
 from secateur.trace.call import Dims, Value
 from secateur.trace.capture import Capture
 
@@ -59,6 +60,7 @@ class Term:
     op: str
     dims: Dims
     contracted: Dims = ()
+    node: fx.Node | None = None
 
     def macs(self, keep: Mapping[Axis, np.ndarray]) -> int:
         if self.contracted and _product(self.contracted, keep) == 1:
@@ -72,6 +74,7 @@ class Graph:
 
     Attributes:
         groups: what can be cut, by stable name.
+        blocks: residual blocks that can go as a whole, by stable name; a plan's `keep` holds one boolean for each it names.
         frozen: what cannot, with the reason.
     """
 
@@ -83,6 +86,7 @@ class Graph:
     groups: dict[str, Group] = field(default_factory=dict)
     axes: dict[str, Axis] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    blocks: dict[str, Block] = field(default_factory=dict)
 
     @property
     def program(self):
@@ -108,6 +112,8 @@ class Graph:
         """
         out = {}
         for name, mask in (keep or {}).items():
+            if name in self.blocks and tuple(mask.shape) == (1,):
+                continue
             if name not in self.groups:
                 raise PlanError(
                     f"the plan names group {name!r}, which this model does not have.\n"
@@ -128,13 +134,36 @@ class Graph:
         """Exact cost with only the units of `keep`; groups that are not named stay whole. MACs are those of one call
         with the example inputs."""
         by_axis = self.keep_axes(keep)
-        macs = sum(t.macs(by_axis) for t in self.terms)
+        gone = self.removed_blocks(keep)
+        runs = live(self.capture.graph, bypassed(gone)) if gone else None
+        macs = sum(t.macs(by_axis) for t in self.terms if runs is None or t.node in runs)
+        unused = self.unused_tensors(keep)
         params = size = 0
         for name, (elements, each, is_parameter) in self.sizes.items():
+            if name in unused:
+                continue
             n = _product(self.tensors[name], by_axis) if name in self.tensors else elements
             params += n if is_parameter else 0
             size += n * each
         return Cost(macs, params, size)
+
+    def removed_blocks(self, keep: Mapping[str, torch.Tensor] | None) -> list[Block]:
+        """The residual blocks that `keep` drops."""
+        return [self.blocks[n] for n, mask in (keep or {}).items() if n in self.blocks and not bool(mask.all())]
+
+    def unused_tensors(self, keep: Mapping[str, torch.Tensor] | None) -> set[str]:
+        """State names of the tensors that only removed blocks used."""
+        gone = self.removed_blocks(keep)
+        if not gone:
+            return set()
+        runs = live(self.capture.graph, bypassed(gone))
+        used: dict[str, bool] = {}
+        for n in self.capture.graph.nodes:
+            if n.op == "placeholder" and n.name in self.capture.tensors and n.users:
+                name = self.capture.tensors[n.name]
+                name = self.capture.aliases.get(name, name)
+                used[name] = used.get(name, False) or n in runs
+        return {name for name, yes in used.items() if not yes}
 
     def obstacles(self, keep: Mapping[Axis, np.ndarray], most: int = 3) -> list[str]:
         """The layers that cost most under `keep`, each with the reason why its dimensions stay."""

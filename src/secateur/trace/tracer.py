@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from secateur.axes import BATCH, ONE, Axis, Dim, constant, freeze, unify
 from secateur.errors import InputError
+from secateur.trace.blocks import Block, find_blocks
 from secateur.trace.call import Call, Dims, Value, module_of, op_name, shape_of, tensors_in
 from secateur.trace.capture import Capture, capture
 from secateur.trace.graph import Graph, Term, find_groups
@@ -37,7 +38,7 @@ class Tracer:
 
     def macs(self, c: Call, dims: Dims, contracted: Dims = ()) -> None:
         """Count one op's multiply-accumulates: the product of `dims`; see `Term`."""
-        self.terms.append(Term(c.module, c.op, tuple(dims), tuple(contracted)))
+        self.terms.append(Term(c.module, c.op, tuple(dims), tuple(contracted), c.node))
 
     def opaque(self, c: Call, why: str) -> Value:
         """The honest answer for an op nobody described: everything it touches stays whole."""
@@ -162,7 +163,19 @@ def analyse(captured: Capture, model: nn.Module, ignore: Sequence[str] = (), for
     for pattern in ignore:
         _ignore(graph, model, pattern)
     find_groups(graph)
+    graph.blocks = {n: b for n, b in find_blocks(captured).items() if not _ignored(n, b, ignore)}
     return graph
+
+
+def _ignored(name: str, block: Block, ignore: Sequence[str]) -> bool:
+    """A block goes with all its tensors, so one ignored tensor keeps it."""
+    return any(fnmatchcase(n, p) for p in ignore for n in (name, *(x for t in block.tensors for x in prefixes(t))))
+
+
+def prefixes(name: str) -> list[str]:
+    """'a.b.c' -> 'a', 'a.b', 'a.b.c'."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
 def _sizes(model: nn.Module) -> dict[str, tuple[int, int, bool]]:
@@ -176,9 +189,7 @@ def _ignore(graph: Graph, model: nn.Module, pattern: str) -> None:
     found = False
     names = [*graph.tensors, *graph.capture.aliases]
     for name in names:
-        parts = name.split(".")
-        prefixes = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-        if any(fnmatchcase(p, pattern) for p in prefixes):
+        if any(fnmatchcase(p, pattern) for p in prefixes(name)):
             found = True
             tensor = graph.capture.aliases.get(name, name)
             for d in graph.tensors.get(tensor, ()):
@@ -190,6 +201,7 @@ def _ignore(graph: Graph, model: nn.Module, pattern: str) -> None:
             if fnmatchcase(name, pattern):
                 found = True
                 freeze(axis, f"ignored by {pattern!r}")
+    found = found or any(fnmatchcase(n, pattern) for n in find_blocks(graph.capture))
     if not found and not any(fnmatchcase(n, pattern) for n, _ in model.named_modules()):
         raise InputError(
             f"ignore={pattern!r} matches no module, parameter or group of {type(model).__name__}.\n"
