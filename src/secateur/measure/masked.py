@@ -155,7 +155,7 @@ def _variance(root: bool, both: bool) -> Callable:
 
 def _sum_like(run: MaskedOriginal, c: Call, args: dict[str, Any]) -> Any:
     x = args["self"]
-    if x.is_floating_point() and x.dim():
+    if x.dim():
         args["self"] = run.zeroed(x, c.dims("self"), _reduced(c, x.dim()))
     return run.call(c, args)
 

@@ -99,13 +99,14 @@ def evidence(changed: Iterable[Change], shapes: dict[str, list[tuple[int, int]]]
     return out
 
 
-def _substitutes(module: nn.Module, table: dict[int, list[int]]) -> list[tuple[str, Any, Any]]:
+def _substitutes(module: nn.Module, table: dict[int, list[int]], backwards: bool) -> list[tuple[str, Any, Any]]:
     """(attribute, old, new) for the numbers of a module that changed. Where one number became several, the attributes
-    that hold it take them in order if there are as many (`lo`, `hi` of a padding), else all take the first."""
+    that hold it take them in order (or backwards) if there are as many (`lo`, `hi` of a padding), else all take the first."""
     holders: dict[int, int] = defaultdict(int)
     for value in vars(module).values():
         for v in _numbers(value):
             holders[v] += 1
+    table = {old: new[::-1] if backwards else new for old, new in table.items()}
     feeds = {
         old: iter(new) if len(new) == holders[old] and len(set(new)) > 1 else repeat(new[0]) for old, new in table.items()
     }
@@ -123,8 +124,11 @@ def _substitute(value: Any, feeds: dict[int, Iterator[int]]) -> Any:
     return one(value)
 
 
-def propose(model: nn.Module, changed: list[Change], shapes: dict[str, list[tuple[int, int]]]) -> list[Edit]:
-    """Edits for the cut copy `model`, whose parameters are cut already."""
+def propose(
+    model: nn.Module, changed: list[Change], shapes: dict[str, list[tuple[int, int]]], backwards: bool = False
+) -> list[Edit]:
+    """Edits for the cut copy `model`, whose parameters are cut already. `backwards` is the other way to deal several new
+    numbers to several attributes."""
     found = evidence(changed, shapes)
     by_module: dict[str, list[Change]] = defaultdict(list)
     for c in changed:
@@ -136,7 +140,7 @@ def propose(model: nn.Module, changed: list[Change], shapes: dict[str, list[tupl
             values = [(k, getattr(module, k), v) for k, v in known.items()]
         else:
             table = found.get(path, {})
-            values = _substitutes(module, table) if table else []
+            values = _substitutes(module, table, backwards) if table else []
         edits += [Edit(path, k, old, new) for k, old, new in values if old != new]
     return edits
 

@@ -31,9 +31,21 @@ def _before(dim: Dim, keep: Keep, position: int) -> int:
 def _sizes(name: str):
     def rule(c: Call, out: Any, keep: Keep) -> Changes:
         old, new = c[name], new_shape(out, keep)
+        if old is None:  # `view(dtype)`
+            return {}
         return {name: [v if v == -1 else n for v, n in zip(old, new, strict=True)]}
 
     return rule
+
+
+def _squeeze(c: Call, out: Any, keep: Keep) -> Changes:
+    """`squeeze()` drops what has one position today; after a cut that may be a dimension that had more."""
+    if "dim" in c.args:
+        return {}
+    x = c.dims("self")
+    if [count(d, keep) == 1 for d in x] == [d.size == 1 for d in x]:
+        return {}
+    return {"#op": torch.ops.aten.squeeze.dims, "#args": ([i for i, d in enumerate(x) if d.size == 1],)}
 
 
 def _unflatten(c: Call, out: Any, keep: Keep) -> Changes:
@@ -156,6 +168,7 @@ TABLE: dict[str, Callable[[Call, Any, Keep], Changes]] = {
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _sizes("size")),
     "reshape": _sizes("shape"),
     "unflatten": _unflatten,
+    "squeeze": _squeeze,
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), _split),
     "slice": _slice,
     "narrow": _narrow,

@@ -83,11 +83,18 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "") -> C
             "This is a fault of secateur: please report the model; ignore= the layers named above to go on without them."
         ) from error
     kept = _kept(graph, keep)
-    trial, edits, why = (model, [], refuse_class) if refuse_class else _by_attributes(model, graph, keep, prediction, state)
+    why = refuse_class
     if not why:
-        why = _disagreement(trial, args, kwargs, wanted, log)
-        if why.startswith("op ") and not _captured_differently(trial, graph, keep):
-            why = ""  # forward() takes another path while it is captured; captured again, it is what was predicted
+        try:
+            trial, edits, others = _by_attributes(model, graph, keep, prediction, state)
+        except Exception as error:  # a model that cannot be copied is still a model that can be cut as a graph
+            why = f"the model cannot be copied ({error})"
+    if not why:
+        why = _refused(trial, graph, keep, wanted, log)
+        if why and others:
+            attributes.apply(trial, others)
+            if not _refused(trial, graph, keep, wanted, log):
+                why, edits = "", others
     if why:
         free = predict(graph, plan.keep, state, free_batch=True).module
         refused = batch_is_free(free, prediction.module, args, kwargs)
@@ -105,12 +112,9 @@ def _kept(graph: Graph, keep: dict[Axis, np.ndarray]) -> dict[str, list[np.ndarr
     return out
 
 
-def _by_attributes(model: nn.Module, graph: Graph, keep, prediction: Prediction, state) -> tuple[nn.Module, list[Edit], str]:
-    """A copy of `model` with cut tensors and attributes; the last value says why that cannot be (or '')."""
-    try:
-        trial = copy.deepcopy(model).eval()
-    except Exception as error:  # a model that cannot be copied is still a model that can be cut as a graph
-        return model, [], f"the model cannot be copied ({error})"
+def _by_attributes(model: nn.Module, graph: Graph, keep, prediction: Prediction, state) -> tuple[nn.Module, list[Edit], list[Edit]]:
+    """A copy of `model` with cut tensors and attributes, the edits made, and others that would be as plausible."""
+    trial = copy.deepcopy(model).eval()
     new: dict[str, torch.Tensor] = {}
     for name, dims in graph.tensors.items():
         if name in state and any(not mask(d, keep).all() for d in dims):
@@ -123,8 +127,9 @@ def _by_attributes(model: nn.Module, graph: Graph, keep, prediction: Prediction,
     for path, pairs in attributes.tensor_shapes(prediction.changed, graph.env, keep).items():
         sizes[path] = [*sizes.get(path, []), *pairs]
     edits = attributes.propose(trial, prediction.changed, sizes)
+    others = attributes.propose(trial, prediction.changed, sizes, backwards=True)
     attributes.apply(trial, edits)
-    return trial, edits, ""
+    return trial, edits, others if others != edits else []
 
 
 def replace(model: nn.Module, names: list[str], tensor: torch.Tensor, like: torch.Tensor) -> None:
@@ -137,8 +142,16 @@ def replace(model: nn.Module, names: list[str], tensor: torch.Tensor, like: torc
             setattr(owner, leaf, value)
 
 
-def _disagreement(trial: nn.Module, args: tuple, kwargs: dict, wanted: Any, log: list) -> str:
+def _refused(trial: nn.Module, graph: Graph, keep: dict[Axis, np.ndarray], wanted: Any, log: list) -> str:
     """Why the cut module is not what the graph predicts; '' where it is."""
+    why = _disagreement(trial, *graph.capture.program.example_inputs, wanted, log)
+    if why.startswith("op ") and not _captured_differently(trial, graph, keep):
+        return ""  # forward() takes another path while it is captured; captured again, it is what was predicted
+    return why
+
+
+def _disagreement(trial: nn.Module, args: tuple, kwargs: dict, wanted: Any, log: list) -> str:
+    """Where a run of the cut module parts from the run of the predicted graph; '' where it does not."""
     try:
         got, own = run_logged(*in_float64(trial, args, kwargs))
     except Exception as error:  # any error of the user's forward means that its numbers do not fit

@@ -163,7 +163,10 @@ class Graph:
                 name = self.capture.tensors[n.name]
                 name = self.capture.aliases.get(name, name)
                 used[name] = used.get(name, False) or n in runs
-        return {name for name, yes in used.items() if not yes}
+        unused = {name for name, yes in used.items() if not yes}
+        rest = {n.rpartition(".")[0] for n, yes in used.items() if yes}
+        own = {n.rpartition(".")[0] for n in unused} - rest  # modules of which nothing runs: counters go with them
+        return unused | {n for n in self.sizes if n not in used and n.rpartition(".")[0] in own}
 
     def obstacles(self, keep: Mapping[Axis, np.ndarray], most: int = 3) -> list[str]:
         """The layers that cost most under `keep`, each with the reason why its dimensions stay."""

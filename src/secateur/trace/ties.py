@@ -34,7 +34,8 @@ def tie(captured: Capture, env: dict, model: nn.Module, tensors: Mapping[str, Di
         for size, dim in _written(op, bind(node), out):
             path, dim = module_of(node), resolve(dim)
             counts_units = any(axis in in_parameters for axis in axes_of(dim))  # a batch may have the same size by chance
-            if counts_units and not isinstance(dim, Prod) and size in numbers(modules.get(path)):
+            plain = not isinstance(dim, Prod) or is_frozen(dim)
+            if counts_units and plain and size in numbers(modules.get(path)):
                 written[path, size].append(dim)
     users: dict[Axis, set[str]] = defaultdict(set)
     for (path, _), dims in written.items():

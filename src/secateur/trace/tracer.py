@@ -22,6 +22,26 @@ from secateur.trace.ties import tie
 KNOWN_ELEMENTS = 1 << 20  # constants up to this many elements are evaluated to see whether they are permutations
 
 
+def changes_or_draws(node: fx.Node) -> bool:
+    """Whether an op writes into one of its arguments or draws random numbers: run once more it would not do the same."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and (schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags)
+
+
+def written_in_place(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose memory some op may write into: arguments written to, and what they may be views of."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None:
+            continue
+        for argument, value in zip(schema.arguments, node.args, strict=False):
+            alias = argument.alias_info
+            if isinstance(value, fx.Node) and alias is not None and (alias.is_write or node in found):
+                found.add(value)
+    return found
+
+
 class Tracer:
     """What a rule may do besides unifying: freeze, count multiply-accumulates, look up constants."""
 
@@ -31,6 +51,7 @@ class Tracer:
         self.terms: list[Term] = []
         self.notes: list[str] = []
         self._known: dict[fx.Node, Any] = {}
+        self._written = written_in_place(captured.graph)
 
     def freeze(self, dims: Iterable[Dim], reason: str) -> None:
         for d in dims:
@@ -57,13 +78,15 @@ class Tracer:
         if node in self._known:
             return self._known[node]
         value = None
+        if node in self._written:
+            return None
         meta = node.meta.get("val")
         small = isinstance(meta, torch.Tensor) and not meta.is_floating_point() and meta.numel() <= KNOWN_ELEMENTS
         if node.op == "placeholder" and small:
             name = self.capture.tensors.get(node.name)
             found = self.capture.values.get(name) if name and name not in self.capture.trainable else None
             value = found.detach() if isinstance(found, torch.Tensor) and found.device.type == "cpu" else None
-        elif node.op == "call_function" and small:
+        elif node.op == "call_function" and small and not changes_or_draws(node):
             inputs = {n: self._constant(n) for n in node.all_input_nodes}
             if all(v is not None for v in inputs.values()):
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: inputs[n])
@@ -100,13 +123,13 @@ class Tracer:
         c = Call(node, self.env)
         rule = RULES.get(c.op)
         if rule is None:
-            if node.meta.get("val") is None or not any(True for _ in c.tensors()):
+            if not any(True for _ in c.tensors()) or (node.meta.get("val") is None and not changes_or_draws(node)):
                 return c.constants("an op without a rule")
             self.notes.append(f"{c.op} in {module_of(node)!r} has no rule: what it touches keeps its shape")
             return self.opaque(c, "an op without a rule")
         try:
             return self._checked(c, rule(self, c))
-        except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RecursionError) as error:
             self.notes.append(f"{c.op} in {module_of(node)!r}: its rule does not fit this use ({error})")
             return self.opaque(c, f"a use the rule does not know: {error}")
 

@@ -61,6 +61,17 @@ def addmm(t, c: Call) -> Value:
     return broadcast([out, c.dims("self")], c.shape)
 
 
+def inner(t, c: Call) -> Value:
+    """The last dimensions of both are contracted; a scalar multiplies."""
+    a, b = c.dims("self"), c.dims("other")
+    if not a or not b:
+        return a or b
+    unify(a[-1], b[-1])
+    out = (*a[:-1], *b[:-1])
+    t.macs(c, (*out, a[-1]))
+    return out
+
+
 def outer(t, c: Call) -> Value:
     return (c.dims("self")[0], c.dims("vec2")[0])
 
@@ -165,8 +176,9 @@ def one_hot(t, c: Call) -> Value:
 
 RULES = {
     "linear": linear,
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner"), matmul),
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot"), matmul),
     **dict.fromkeys(("addmm", "baddbmm", "addmv"), addmm),
+    "inner": inner,
     "outer": outer,
     "ger": outer,
     "einsum": einsum,

@@ -125,7 +125,7 @@ def roll(t, c: Call) -> Value:
         t.freeze(x, c.reason("a flattened tensor is rolled"))
         return c.constants("a flattened tensor is rolled")
     for shift, d in zip(c["shifts"], c["dims"], strict=True):
-        shift %= x[d].size
+        shift %= max(1, x[d].size)
         if shift:
             first, last = split(x[d], x[d].size - shift)
             x[d] = add([resolve(last), resolve(first)])
@@ -190,6 +190,8 @@ def unfold(t, c: Call) -> Value:
 
 def diff(t, c: Call) -> Value:
     x, dim = c.dims("self"), c["dim"]
+    if c.dims("prepend") is not None or c.dims("append") is not None:
+        return t.opaque(c, "differences with something put in front or behind")
     t.freeze((x[dim],), c.reason("neighbours are subtracted"))
     return tuple(constant(c.shape[i], c.reason("neighbours are subtracted")) if i == dim % len(x) else d for i, d in enumerate(x))
 
@@ -204,8 +206,11 @@ def pair(t, c: Call) -> Value:
 
 
 def reshape_like(t, c: Call) -> Value:
-    """`reshape_as`, `view_as`: axes come from the reshaped tensor, not from the one that gives the sizes."""
-    return regroup(t, c, c.dims("self"), c.shape)
+    """`reshape_as`, `view_as`: the result has the axes of the reshaped tensor and the sizes of the other one."""
+    out = regroup(t, c, c.dims("self"), c.shape)
+    for a, b in zip(out, c.dims("other"), strict=True):
+        unify(a, b)
+    return tuple(resolve(d) for d in out)
 
 
 def expand_as(t, c: Call) -> Value:

@@ -1,0 +1,122 @@
+"""When the user's class is kept, when the graph is handed back, and that a graph takes any batch size."""
+
+import torch
+from torch import nn
+
+from secateur import MACs, Plan, cut, prune, trace
+from secateur.trace import analyse
+
+
+class Attention(nn.Module):
+    """One `hd` serves queries, keys and values; the stream is wider than heads x hd."""
+
+    def __init__(self, width=12, heads=3, hd=8):
+        super().__init__()
+        self.heads, self.hd = heads, hd
+        self.q, self.k, self.v = (nn.Linear(width, heads * hd) for _ in range(3))
+        self.o = nn.Linear(heads * hd, width)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        q, k, v = (f(x).view(b, t, self.heads, self.hd).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return x + self.o(y.transpose(1, 2).reshape(b, t, -1))
+
+
+class Halves(nn.Module):
+    """`chunk(2)` halves whatever it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.a, self.b = nn.Linear(6, 16), nn.Linear(8, 5), nn.Linear(8, 5)
+
+    def forward(self, x):
+        a, b = self.up(x).chunk(2, -1)
+        return self.a(a) + self.b(b)
+
+
+X = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1))
+
+
+def test_one_attribute_for_three_axes_ties_them():
+    model = Attention().eval()
+    free = trace(model, (X,))
+    tied = analyse(free.capture, model, for_class=True)
+    assert len(free.groups) == 3 and len(tied.groups) == 2
+    result = prune(model, (X,), MACs(at_most="50%"))
+    assert type(result.model) is Attention and result.cut.how == "attributes"
+    assert result.model.hd * result.model.heads == result.model.v.out_features < 24
+
+
+def test_halves_lose_the_same_units():
+    model = Halves().eval()
+    result = prune(model, (X[..., :6],), MACs(at_most="50%"))
+    assert type(result.model) is Halves
+    assert result.model.a.in_features == result.model.b.in_features == result.model.up.out_features // 2
+
+
+def uneven(model):
+    """A plan that the class cannot follow: the halves keep 3 and 5 units."""
+    graph = trace(model, (X[..., :6],))
+    first, second = list(graph.groups)
+    keep = {first: torch.arange(8) < 3, second: torch.arange(8) < 5}
+    return graph, Plan(keep, graph.cost(), graph.cost(keep))
+
+
+def test_what_the_class_cannot_follow_comes_back_as_a_graph():
+    model = Halves().eval()
+    graph, made = uneven(model)
+    done = cut(model, graph, made)
+    assert done.how == "graph" and "does not fit" in done.why
+    x = X[..., :6]
+    with torch.no_grad():
+        a, b = model.up(x).chunk(2, -1)
+        wanted = model.a(a * (torch.arange(8) < 3)) + model.b(b * (torch.arange(8) < 5))
+        torch.testing.assert_close(done.model(x), wanted)
+
+
+def test_a_graph_takes_any_batch_and_trains():
+    model = Attention().eval()
+    graph = trace(model, (X,))
+    keep = {n: torch.arange(g.size) < g.size - 1 - (g.kind == "value_dim") for n, g in graph.groups.items()}
+    done = cut(model, graph, Plan(keep, graph.cost(), graph.cost(keep)))
+    assert done.how == "graph" and not done.notes
+    more = torch.cat([X, X, X[:1]])
+    with torch.no_grad():
+        torch.testing.assert_close(done.model(more)[:2], done.model(X))
+    done.model(more).square().mean().backward()
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in done.model.parameters())
+    torch.export.export(done.model, (more,))
+
+
+def test_a_batch_of_one_stays_and_says_so():
+    model = Halves().eval()
+    one = X[:1, 0, :6]
+    graph = trace(model, (one,))
+    first, second = list(graph.groups)
+    keep = {first: torch.arange(8) < 3, second: torch.arange(8) < 5}
+    done = cut(model, graph, Plan(keep, graph.cost(), graph.cost(keep)))
+    assert done.how == "graph" and "batch of two" in done.notes[0]
+
+
+class Depends(nn.Module):
+    """The batch is mixed, so no other batch size can give the same rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.halves = Halves()
+
+    def forward(self, x):
+        return self.halves(x) - x.mean((0, 1)).sum()
+
+
+def test_a_batch_that_is_mixed_is_not_freed():
+    model = Depends().eval()
+    x = X[..., :6]
+    graph = trace(model, (x,))
+    names = list(graph.groups)
+    keep = {names[0]: torch.arange(8) < 3, names[1]: torch.arange(8) < 5}
+    done = cut(model, graph, Plan(keep, graph.cost(), graph.cost(keep)))
+    assert done.how == "graph" and "depends on the size of the batch" in done.notes[0]
+    with torch.no_grad():
+        assert done.model(x).shape == model(x).shape
