@@ -83,7 +83,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "proof looks at the wrong plan",
         "secateur/measure/proof.py",
-        "masked_outputs(graph, graph.keep_axes(keep), state",
+        "masked_outputs(graph, keep, state",
         "masked_outputs(graph, {}, state",
         (f"{PROOF}::test_a_right_cut_is_proven",),
     ),
