@@ -83,11 +83,14 @@ def _error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     if got.numel() == 0:
         return 0.0
     if not bool(torch.isfinite(wanted).all()):
+        if not bool(torch.isfinite(wanted).any()):
+            return math.inf  # nothing can be compared, so nothing is proven
         if not torch.equal(torch.isfinite(got), torch.isfinite(wanted)):
             return math.inf
         got, wanted = got[torch.isfinite(wanted)], wanted[torch.isfinite(wanted)]
-    difference = float((got - wanted).abs().max()) if got.numel() else 0.0
-    scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+        if got.numel() == 0:
+            return math.inf  # nothing finite to compare proves nothing
+    difference, scale = float((got - wanted).abs().max()), float(wanted.abs().max())
     return difference / scale if scale else difference
 
 
@@ -97,6 +100,12 @@ def require(proof: Proof, name: str) -> None:
     Raises:
         ProofError: the deviation is above the tolerance.
     """
+    if not proof.passed and math.isinf(proof.max_error):
+        raise ProofError(
+            f"{name}: the cut model cannot be compared with the masked original: an output has another shape, other integers, "
+            "NaN or infinity in other places, or no finite value at all.\n  Nothing is returned and the model is unchanged. "
+            "Check that the outputs on the example inputs are finite; if they are, this is a fault of secateur: please report the model."
+        )
     if not proof.passed:
         raise ProofError(
             f"{name}: the cut model deviates from the masked original by {proof.max_error:.2e} (relative, float64), "

@@ -133,6 +133,17 @@ def _copy_node(owner: nn.Module, graph: fx.Graph, node: fx.Node, env: dict) -> N
         env[node] = env[node.args[0]][node.args[1]]
     elif node.op == "get_attr" and isinstance(getattr(owner, node.target, None), fx.GraphModule):
         env[node] = node  # a region's body: only `_inline` looks at it
+    elif any(n.op == "get_attr" and isinstance(getattr(owner, n.target, None), fx.GraphModule) for n in node.all_input_nodes):
+        raise CaptureError(
+            f"forward() calls {getattr(node.target, '__name__', node.target)}, whose body is a graph of its own that runs "
+            "depending on data.\n"
+            "  Axes are followed through one flat graph only: pass the sub-modules around it instead."
+        )
+    elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        raise CaptureError(
+            f"forward() uses {node.target} (node {node.name}), whose branches cannot be followed as one list of ops.\n"
+            "  Capture the part before or after it, or write the branch as arithmetic (torch.where)."
+        )
     else:
         env[node] = graph.node_copy(node, lambda n: env[n])
 
