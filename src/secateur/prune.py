@@ -106,9 +106,20 @@ def prune(
     notes = list(dict.fromkeys([*graph.notes, *done.notes]))
     if done.how == "graph":
         notes.insert(0, f"handed back as a rewritten graph, because the class could not follow: {done.why}")
+    _kept_promise(targets, before, after)
     if after != plan.after:
         notes.append(f"the plan predicted {plan.after}, the cut model counts {after}: an op without a rule takes part")
     return Result(done.model, plan, proof, before, after, graph, done, notes, model)
+
+
+def _kept_promise(targets: Sequence[Target], before: Cost, after: Cost) -> None:
+    for t in targets:
+        limit, have = t.limit(before), getattr(after, t.figure)
+        if have > limit:
+            raise TargetError(
+                f"{t} = {limit:,} {t.figure}, and the cut model counts {have:,}: ops without a rule cost what no plan can see.\n"
+                f"  `trace(...).notes` names them; ask for {100 * (2 * limit - have) / max(1, getattr(before, t.figure)):.0f}% to make up for it."
+            )
 
 
 @dataclass
@@ -131,7 +142,7 @@ class _Asked:
         self.say("plan")
         plan = _explained(budget.plan(graph, scores, *self.targets, allocation=self.allocation), self.score, self.seed)
         self.say("cut")
-        done = cut(self.model, graph, plan)
+        done = cut(self.model, graph, plan, values=False)  # the proof below compares values
         self.say("prove")
         proof = prove(self.model, graph, plan.keep, done.model)
         if not proof.passed and done.how == "attributes":  # a number of forward() that no shape shows, such as sqrt(width)

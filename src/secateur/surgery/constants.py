@@ -38,16 +38,6 @@ def _sizes(name: str):
     return rule
 
 
-def _squeeze(c: Call, out: Any, keep: Keep) -> Changes:
-    """`squeeze()` drops what has one position today; after a cut that may be a dimension that had more."""
-    if "dim" in c.args:
-        return {}
-    x = c.dims("self")
-    if [count(d, keep) == 1 for d in x] == [d.size == 1 for d in x]:
-        return {}
-    return {"#op": torch.ops.aten.squeeze.dims, "#args": ([i for i, d in enumerate(x) if d.size == 1],)}
-
-
 def _unflatten(c: Call, out: Any, keep: Keep) -> Changes:
     dim, old = c["dim"] % len(c.dims("self")), c["sizes"]
     new = new_shape(out, keep)[dim : dim + len(old)]
@@ -147,15 +137,6 @@ def _repeat_interleave(c: Call, out: Any, keep: Keep) -> Changes:
     return {"repeats": count(out[d], keep) // count(c.dims("self")[d], keep)}
 
 
-def _squeeze(c: Call, out: Any, keep: Keep) -> Changes:
-    """A dimension that falls to one unit must not be squeezed away with those that were 1 before."""
-    x = c.dims("self")
-    if all(d.size == 1 or count(d, keep) > 1 for d in x):
-        return {}
-    named = [d % len(x) for d in ([c["dim"]] if isinstance(c["dim"], int) else c["dim"] or range(len(x)))]
-    return {"#op": torch.ops.aten.squeeze.dims, "#args": ([d for d in named if x[d].size == 1],)}
-
-
 def _gather(c: Call, out: Any, keep: Keep) -> Changes:
     """A constant permutation: the positions that stay, renumbered."""
     if c.op == "index":
@@ -177,7 +158,6 @@ TABLE: dict[str, Callable[[Call, Any, Keep], Changes]] = {
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _sizes("size")),
     "reshape": _sizes("shape"),
     "unflatten": _unflatten,
-    "squeeze": _squeeze,
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), _split),
     "slice": _slice,
     "narrow": _narrow,
@@ -193,7 +173,6 @@ TABLE: dict[str, Callable[[Call, Any, Keep], Changes]] = {
     "repeat": _repeat("repeats"),
     "tile": _repeat("dims"),
     "repeat_interleave": _repeat_interleave,
-    "squeeze": _squeeze,
     "index": _gather,
     "index_select": _gather,
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +17,13 @@ from secateur.surgery import attributes
 from secateur.surgery.attributes import Edit
 from secateur.surgery.batch import batch_is_free
 from secateur.surgery.constants import new_shape
-from secateur.surgery.oplog import first_difference, in_float64, run_logged
+from secateur.surgery.oplog import first_difference, op_log, outputs_in_float64
 from secateur.surgery.predict import Prediction, cut_tensor, predict
 from secateur.trace import Graph
 from secateur.trace.call import op_name, shape_of
 from secateur.trace.capture import capture
 
+TRAINING = "a rewritten graph was captured in eval mode: in training its dropout stays off and its BatchNorm statistics stay fixed"
 SAME = 1e-9  # relative, in float64: the cut module and the predicted graph are the same function
 
 
@@ -55,13 +55,15 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "") -> Cut:
+def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "", values: bool = True) -> Cut:
     """The model without the units that `plan` drops.
 
     Args:
         model: the module that `graph` was traced from, with its weights. Unchanged.
         graph: its trace.
         plan: made for this graph.
+        values: compare the outputs of the cut class with those of the predicted graph in float64, besides its ops; to be
+            left out only where a proof follows.
         refuse_class: why the user's own class cannot serve; then the rewritten graph is handed back.
 
     Raises:
@@ -76,7 +78,7 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "") -> C
         refuse_class = f"forward() runs all residual blocks, and {len(gone)} of {len(graph.blocks)} go"
     args, kwargs = graph.capture.program.example_inputs
     try:
-        wanted, log = run_logged(*in_float64(prediction.module, args, kwargs))
+        wanted = op_log(prediction.module, args, kwargs)
     except Exception as error:
         raise CutError(
             f"the predicted graph of {type(model).__name__} does not run: {error}.\n  Nothing was changed. "
@@ -90,15 +92,15 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "") -> C
         except Exception as error:  # a model that cannot be copied is still a model that can be cut as a graph
             why = f"the model cannot be copied ({error})"
     if not why:
-        why = _refused(trial, graph, keep, wanted, log)
+        why = _refused(trial, graph, keep, (prediction.module, wanted), values)
         if why and others:
             attributes.apply(trial, others)
-            if not _refused(trial, graph, keep, wanted, log):
+            if not _refused(trial, graph, keep, (prediction.module, wanted), values):
                 why, edits = "", others
     if why:
         free = predict(graph, plan.keep, state, free_batch=True).module
         refused = batch_is_free(free, prediction.module, args, kwargs)
-        notes = [f"the rewritten graph takes only the batch size of the example inputs: {refused}"] if refused else []
+        notes = [TRAINING] + ([f"the rewritten graph takes only the batch size of the example inputs: {refused}"] if refused else [])
         return Cut(prediction.module if refused else free, "graph", why, [], kept, prediction.module, notes)
     return Cut(trial, "attributes", "", edits, kept, prediction.module)
 
@@ -142,28 +144,26 @@ def replace(model: nn.Module, names: list[str], tensor: torch.Tensor, like: torc
             setattr(owner, leaf, value)
 
 
-def _refused(trial: nn.Module, graph: Graph, keep: dict[Axis, np.ndarray], wanted: Any, log: list) -> str:
-    """Why the cut module is not what the graph predicts; '' where it is."""
-    why = _disagreement(trial, *graph.capture.program.example_inputs, wanted, log)
-    if why.startswith("op ") and not _captured_differently(trial, graph, keep):
-        return ""  # forward() takes another path while it is captured; captured again, it is what was predicted
-    return why
-
-
-def _disagreement(trial: nn.Module, args: tuple, kwargs: dict, wanted: Any, log: list) -> str:
-    """Where a run of the cut module parts from the run of the predicted graph; '' where it does not."""
+def _refused(trial: nn.Module, graph: Graph, keep: dict[Axis, np.ndarray], predicted: tuple[nn.Module, list], values: bool) -> str:
+    """Why the cut module is not what the graph predicts (the module and its op log); '' where it is."""
+    args, kwargs = graph.capture.program.example_inputs
     try:
-        got, own = run_logged(*in_float64(trial, args, kwargs))
+        log = op_log(trial, args, kwargs)
     except Exception as error:  # any error of the user's forward means that its numbers do not fit
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"forward() does not fit the cut sizes ({lines[0][:200]})"
-    difference = first_difference(own, log)
-    if difference:
-        return difference
-    for a, b in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
-        if isinstance(a, torch.Tensor) and a.device.type != "meta" and not _close(a, b):
-            return "the module's output differs from that of the predicted graph"
+    why = first_difference(log, predicted[1])
+    if why and _captured_differently(trial, graph, keep):
+        return why  # otherwise forward() only takes another path while it is captured
+    if values and not _same_values(trial, predicted[0], args, kwargs):
+        return "the module's output differs from that of the predicted graph"
     return ""
+
+
+def _same_values(trial: nn.Module, predicted: nn.Module, args: tuple, kwargs: dict) -> bool:
+    got, wanted = (tree_leaves(outputs_in_float64(m, args, kwargs)) for m in (trial, predicted))
+    pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if isinstance(a, torch.Tensor)]
+    return all(a.device.type == "meta" or _close(a, b) for a, b in pairs)
 
 
 def _captured_differently(trial: nn.Module, graph: Graph, keep: dict[Axis, np.ndarray]) -> str:

@@ -38,18 +38,20 @@ class OpLog(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def in_float64(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[torch.nn.Module, tuple, dict]:
-    """Copies on the CPU in float64, in which two ways to compute one thing agree to 1e-9; a meta model as it is."""
-    if any(p.device.type == "meta" for p in model.parameters()):
-        return model, args, kwargs
-    return copy.deepcopy(model).cpu().double(), double(args), double(kwargs)
+def op_log(model: torch.nn.Module, args: tuple, kwargs: dict) -> list[Row]:
+    """The op log of one forward in evaluation mode. It really runs: that is quicker than pushing shapes through."""
+    with at_rest(model), OpLog() as log:
+        model(*args, **kwargs)
+    return log.rows
 
 
-def run_logged(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[Any, list[Row]]:
-    """Outputs and op log of one forward in evaluation mode without gradients, casts to narrower floats left out."""
-    with at_rest(model), InFloat64(), OpLog() as log:
-        out = model(*args, **kwargs)
-    return out, log.rows
+def outputs_in_float64(model: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
+    """Outputs of a copy on the CPU in float64, in which two ways to compute one thing agree to 1e-9; a meta model as
+    it is."""
+    if not any(p.device.type == "meta" for p in model.parameters()):
+        model, args, kwargs = copy.deepcopy(model).cpu().double(), double(args), double(kwargs)
+    with at_rest(model), InFloat64():
+        return model(*args, **kwargs)
 
 
 def first_difference(a: list[Row], b: list[Row]) -> str | None:

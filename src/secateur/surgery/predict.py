@@ -77,7 +77,7 @@ def predict(
             env[node] = new.get_attr(_attribute(name))
         elif node in bypass:
             env[node] = env[bypass[node]]
-        elif node.op == "call_function" and (op_name(node) == "_assert_tensor_metadata" or bypass and node not in runs):
+        elif node.op == "call_function" and (op_name(node) == "_assert_tensor_metadata" or (bypass and node not in runs)):
             continue
         elif node.op == "call_function":
             env[node] = _rewrite(graph, node, new, env, keep, result, root)

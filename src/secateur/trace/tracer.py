@@ -82,7 +82,9 @@ class Tracer:
             return None
         meta = node.meta.get("val")
         small = isinstance(meta, torch.Tensor) and not meta.is_floating_point() and meta.numel() <= KNOWN_ELEMENTS
-        if node.op == "placeholder" and small:
+        if not small or not _is_fixed(node):
+            pass
+        elif node.op == "placeholder":
             name = self.capture.tensors.get(node.name)
             found = self.capture.values.get(name) if name and name not in self.capture.trainable else None
             value = found.detach() if isinstance(found, torch.Tensor) and found.device.type == "cpu" else None
@@ -141,6 +143,14 @@ class Tracer:
             if isinstance(dims, tuple) and isinstance(tensor, torch.Tensor) and [d.size for d in dims] != shape_of(tensor):
                 raise ValueError(f"sizes {[d.size for d in dims]} where the op gives {shape_of(tensor)}")
         return value
+
+
+def _is_fixed(node: fx.Node) -> bool:
+    """Whether a node has one value for good: neither random nor written into."""
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return False
+    writers = [node, *node.users]
+    return not any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in writers)
 
 
 def trace(
