@@ -44,6 +44,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, mask in self.keep.items():
+            if not isinstance(mask, torch.Tensor):
+                raise PlanError(f"group {name!r}: keep is a {type(mask).__name__}.\n  Pass a 1-d torch.bool tensor (True stays).")
             if mask.dtype != torch.bool or mask.dim() != 1:
                 raise PlanError(
                     f"group {name!r}: keep is {mask.dtype} of shape {tuple(mask.shape)}, but a plan holds one bool per unit.\n"

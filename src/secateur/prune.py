@@ -23,6 +23,7 @@ from secateur.repair import batch_norm_statistics
 from secateur.surgery import Cut, cut
 from secateur.surgery.optimizer import migrate
 from secateur.trace import Graph, analyse, trace
+from secateur.trace.tracer import patterns
 
 Progress = Callable[[str], None]
 
@@ -90,7 +91,9 @@ def prune(
             case nothing was changed.
     """
     say = progress or (lambda stage: None)
-    kwargs = dict(kwargs or {})
+    if not isinstance(kwargs or {}, Mapping):
+        raise InputError(f"kwargs is a {type(kwargs).__name__}.\n  Pass a dict of keyword inputs.")
+    kwargs, ignore = dict(kwargs or {}), patterns(ignore)
     check(model, args, kwargs)
     say("trace")
     graph = trace(model, args, kwargs, ignore=ignore)
@@ -98,6 +101,11 @@ def prune(
     plan, done, proof = ask.carry_out(graph)
     if done.how == "graph" and not graph.removed_blocks(plan.keep):
         graph, plan, done, proof = ask.with_class(graph, ignore) or (graph, plan, done, proof)
+    if not proof.passed and _is_random(model, args, kwargs):
+        raise InputError(
+            f"{type(model).__name__} gives two outputs for one input (dropout that is always on, or noise), so nothing can be proven.\n"
+            "  Make forward() deterministic in eval mode."
+        )
     require(proof, type(model).__name__)
     if data is not None:
         say("repair")
@@ -110,6 +118,12 @@ def prune(
     if after != plan.after:
         notes.append(f"the plan predicted {plan.after}, the cut model counts {after}: an op without a rule takes part")
     return Result(done.model, plan, proof, before, after, graph, done, notes, model)
+
+
+def _is_random(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    with at_rest(model):
+        a, b = (tree_leaves(model(*args, **kwargs)) for _ in range(2))
+    return not all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if isinstance(x, torch.Tensor))
 
 
 def _kept_promise(targets: Sequence[Target], before: Cost, after: Cost) -> None:
@@ -178,11 +192,16 @@ def check(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
     if not parameters:
         raise ModelError(f"{type(model).__name__} has no parameters, so there is nothing to prune.")
     for name, p in parameters.items():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ModelError(f"parameter {name!r} of a lazy module has no shape yet.\n  Run the model once on the example inputs first.")
         if p.device.type == "meta":
             raise ModelError(f"parameter {name!r} is on the meta device and has no values.\n  Load the weights; `trace` and `plan` work without.")
         if not bool(torch.isfinite(p).all()):
             bad = int((~torch.isfinite(p)).sum())
             raise ModelError(f"parameter {name!r} holds {bad} values of {p.numel()} that are NaN or infinite.\n  Load sound weights first.")
+    for name, b in model.named_buffers():
+        if b.is_floating_point() and bool(torch.isnan(b).any()):
+            raise ModelError(f"buffer {name!r} holds {int(torch.isnan(b).sum())} values of {b.numel()} that are NaN.\n  Load sound weights first.")
     device = next(iter(parameters.values())).device
     for leaf in tree_leaves((tuple(args), dict(kwargs))):
         if isinstance(leaf, torch.Tensor) and leaf.device != device:

@@ -40,6 +40,9 @@ def plan(graph: Graph, scores: Mapping[str, torch.Tensor], *targets: Target, all
     """
     if not targets:
         raise InputError("no target was given.\n  Pass one, such as MACs(at_most='50%').")
+    for t in targets:
+        if not isinstance(t, Target):
+            raise InputError(f"{t!r} is no target.\n  Pass MACs(at_most='50%'), Params(...) or Bytes(...).")
     dense = graph.cost()
     limits = [(t, t.limit(dense)) for t in targets]
     order = elimination_order(scores, allocation, graph.blocks)
@@ -72,6 +75,8 @@ def elimination_order(scores: Mapping[str, torch.Tensor], allocation: str, block
     last, keys, groups, units = ([np.zeros(0)] for _ in range(4))
     for g, (name, score) in enumerate(scores.items()):
         value = score.numpy().astype(np.float64)
+        if np.isnan(value).any():
+            raise InputError(f"the scores of group {name!r} hold NaN.\n  Give every unit a number; infinity keeps it.")
         removable = len(value) - (name not in blocks)
         ranked = np.argsort(value, kind="stable")[:removable]
         ranked = ranked[~np.isinf(value[ranked])]
@@ -141,9 +146,10 @@ def _out_of_reach(graph: Graph, scores: Mapping[str, torch.Tensor], order: Order
     have = getattr(nearest, target.figure)
     whole = max(1, getattr(dense, target.figure))
     by_axis = graph.keep_axes(keep)
+    reachable = np.ceil(1000 * have / whole) / 10
     return TargetError(
         f"{target} = {limit:,} {target.figure} is out of reach: with one unit left in each of the {len(scores)} groups "
         f"the model still has {have:,} ({100 * have / whole:.1f} % of {whole:,}).\n"
         f"  What stands in the way: {'; '.join(graph.obstacles(by_axis)) or 'no axis of this model can be cut'}.\n"
-        f"  The nearest reachable is {target.figure}={100 * have / whole:.1f}%; ask for that much or more, or drop entries of ignore=."
+        f"  The nearest reachable is {target.figure}={reachable:.1f}%; ask for that much or more, or drop entries of ignore=."
     )

@@ -29,6 +29,11 @@ class Target:
         """
         whole = getattr(dense, self.figure)
         value = self._number(whole)
+        if 0 < value < 1:
+            raise InputError(
+                f"{self} asks for less than one of {whole:,} {self.figure}.\n"
+                f"  A share is written as a string: at_most='{100 * value:g}%'."
+            )
         if not 0 < value < whole:
             raise InputError(
                 f"{self} asks for {value:,.0f} {self.figure}; the dense model has {whole:,}.\n"

@@ -19,7 +19,9 @@ from secateur.trace import Graph
 from secateur.trace.call import Call
 
 _SIZES = {"view": "size", "_unsafe_view": "size", "reshape": "shape", "expand": "size", "broadcast_to": "size"}
+_SIZES.update({"repeat": "repeats", "tile": "dims"})
 _SIZES.update(dict.fromkeys(("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"), "size"))
+_RECURRENT = frozenset(f"aten::{n}" for n in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
 _INFERRED = ("view", "_unsafe_view", "reshape")  # ops that work a size of -1 out for themselves
 
 
@@ -61,7 +63,7 @@ def _rewrite(c: Call, copy: fx.Node, batch: fx.Node, new: fx.Graph) -> None:
         return
     position = next(i for i, a in enumerate(c.node.target._schema.arguments) if a.name == name)
     sizes = list(copy.args[position]) if position < len(copy.args) else list(copy.kwargs[name])
-    ours = [i for i, d in enumerate(out) if sizes[i] != -1 and counts_batch(d)]
+    ours = [i for i, d in enumerate(out) if sizes[i] > 0 and counts_batch(d) and sizes[i] % _batch_size(d) == 0]
     if not ours:
         return
     if len(ours) == 1 and c.op in _INFERRED and -1 not in sizes:
@@ -77,7 +79,19 @@ def _rewrite(c: Call, copy: fx.Node, batch: fx.Node, new: fx.Graph) -> None:
         copy.update_kwarg(name, sizes)
 
 
-def batch_is_free(model: nn.Module, fixed: nn.Module, args: tuple, kwargs: Mapping) -> str:
+class _SameBatch(fx.Interpreter):
+    """Stops before a recurrent op whose states have another batch than its input: torch does not check, it crashes."""
+
+    def call_function(self, target, args, kwargs):
+        if getattr(target, "_schema", None) is not None and target._schema.name in _RECURRENT:
+            x, hx, first = args[0], args[1], args[-1]
+            states = hx if isinstance(hx, (list, tuple)) else [hx]
+            if x.dim() == 3 and any(h.shape[1] != x.shape[0 if first is True else 1] for h in states):
+                raise ValueError("the states of a recurrent layer keep the batch size of the example inputs")
+        return super().call_function(target, args, kwargs)
+
+
+def batch_is_free(model: fx.GraphModule, fixed: nn.Module, args: tuple, kwargs: Mapping) -> str:
     """Run `model` on one row more than the example inputs; '' where the first rows come out as they do from `fixed`,
     else what went wrong."""
     tensors = [t for t in tree_leaves((args, dict(kwargs))) if isinstance(t, torch.Tensor) and t.dim()]
@@ -90,6 +104,8 @@ def batch_is_free(model: nn.Module, fixed: nn.Module, args: tuple, kwargs: Mappi
 
     try:
         with at_rest(model), at_rest(fixed):
+            if any(getattr(getattr(n.target, "_schema", None), "name", "") in _RECURRENT for n in model.graph.nodes):
+                _SameBatch(model).run(*tree_leaves(tree_map(longer, (args, dict(kwargs)))), enable_io_processing=False)
             more = tree_leaves(model(*tree_map(longer, args), **tree_map(longer, dict(kwargs))))
             same = tree_leaves(fixed(*args, **kwargs))
     except Exception as error:  # whatever it is, the batch is then not free

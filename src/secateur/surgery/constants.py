@@ -137,6 +137,15 @@ def _repeat_interleave(c: Call, out: Any, keep: Keep) -> Changes:
     return {"repeats": count(out[d], keep) // count(c.dims("self")[d], keep)}
 
 
+def _squeeze(c: Call, out: Any, keep: Keep) -> Changes:
+    """A dimension that falls to one unit must not be squeezed away with those that were 1 before."""
+    x = c.dims("self")
+    if all(d.size == 1 or count(d, keep) > 1 for d in x):
+        return {}
+    named = [d % len(x) for d in ([c["dim"]] if isinstance(c["dim"], int) else c["dim"] or range(len(x)))]
+    return {"#op": torch.ops.aten.squeeze.dims, "#args": ([d for d in named if x[d].size == 1],)}
+
+
 def _gather(c: Call, out: Any, keep: Keep) -> Changes:
     """A constant permutation: the positions that stay, renumbered."""
     if c.op == "index":
@@ -173,6 +182,7 @@ TABLE: dict[str, Callable[[Call, Any, Keep], Changes]] = {
     "repeat": _repeat("repeats"),
     "tile": _repeat("dims"),
     "repeat_interleave": _repeat_interleave,
+    "squeeze": _squeeze,
     "index": _gather,
     "index_select": _gather,
 }

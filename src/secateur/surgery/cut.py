@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.axes import Axis, mask
-from secateur.errors import CaptureError, CutError
+from secateur.errors import CaptureError, CutError, PlanError
 from secateur.plan import Plan
 from secateur.surgery import attributes
 from secateur.surgery.attributes import Edit
@@ -23,7 +23,10 @@ from secateur.trace import Graph
 from secateur.trace.call import op_name, shape_of
 from secateur.trace.capture import capture
 
-TRAINING = "a rewritten graph was captured in eval mode: in training its dropout stays off and its BatchNorm statistics stay fixed"
+TRAINING = (
+    "a rewritten graph was captured in eval mode and from inputs of one size: in training its dropout stays off and its BatchNorm "
+    "statistics stay fixed, and branches of forward() that depend on sizes are those of the example inputs"
+)
 SAME = 1e-9  # relative, in float64: the cut module and the predicted graph are the same function
 
 
@@ -72,6 +75,7 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "", valu
     """
     keep = graph.keep_axes(plan.keep)
     state = state_of(model)
+    _belongs_together(state, graph)
     prediction = predict(graph, plan.keep, state)
     gone = graph.removed_blocks(plan.keep)
     if gone:
@@ -97,12 +101,24 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "", valu
             attributes.apply(trial, others)
             if not _refused(trial, graph, keep, (prediction.module, wanted), values):
                 why, edits = "", others
+        if not why:
+            edits = _needed(trial, edits, graph, (prediction.module, wanted))
     if why:
         free = predict(graph, plan.keep, state, free_batch=True).module
         refused = batch_is_free(free, prediction.module, args, kwargs)
         notes = [TRAINING] + ([f"the rewritten graph takes only the batch size of the example inputs: {refused}"] if refused else [])
         return Cut(prediction.module if refused else free, "graph", why, [], kept, prediction.module, notes)
     return Cut(trial, "attributes", "", edits, kept, prediction.module)
+
+
+def _belongs_together(state: dict[str, torch.Tensor], graph: Graph) -> None:
+    for name, dims in graph.tensors.items():
+        want = [d.size for d in dims]
+        if name in graph.sizes and (name not in state or list(state[name].shape) != want):
+            have = tuple(state[name].shape) if name in state else "missing"
+            raise PlanError(
+                f"{name!r} is {have} in this model and {tuple(want)} in the trace.\n  Pass the model that was traced, or trace this one."
+            )
 
 
 def _kept(graph: Graph, keep: dict[Axis, np.ndarray]) -> dict[str, list[np.ndarray | None]]:
@@ -116,7 +132,12 @@ def _kept(graph: Graph, keep: dict[Axis, np.ndarray]) -> dict[str, list[np.ndarr
 
 def _by_attributes(model: nn.Module, graph: Graph, keep, prediction: Prediction, state) -> tuple[nn.Module, list[Edit], list[Edit]]:
     """A copy of `model` with cut tensors and attributes, the edits made, and others that would be as plausible."""
-    trial = copy.deepcopy(model).eval()
+    trial = copy.deepcopy(model)
+    own = {id(m) for m in model.modules()} | {id(t) for t in state.values()}
+    if any(id(x) in own for x in (*trial.modules(), *state_of(trial).values())):
+        raise CutError("its copy shares modules or tensors with it")
+    for module in trial.modules():
+        module.training = False
     new: dict[str, torch.Tensor] = {}
     for name, dims in graph.tensors.items():
         if name in state and any(not mask(d, keep).all() for d in dims):
@@ -124,7 +145,7 @@ def _by_attributes(model: nn.Module, graph: Graph, keep, prediction: Prediction,
     new.update({name: value for name, value in prediction.indices.items() if name in state})
     for name, tensor in new.items():
         names = [name, *(a for a, first in graph.capture.aliases.items() if first == name)]
-        replace(trial, names, tensor, state[name])
+        put(trial, names, tensor, state[name])
     sizes = attributes.parameter_shapes(state, new)
     for path, pairs in attributes.tensor_shapes(prediction.changed, graph.env, keep).items():
         sizes[path] = [*sizes.get(path, []), *pairs]
@@ -134,7 +155,7 @@ def _by_attributes(model: nn.Module, graph: Graph, keep, prediction: Prediction,
     return trial, edits, others if others != edits else []
 
 
-def replace(model: nn.Module, names: list[str], tensor: torch.Tensor, like: torch.Tensor) -> None:
+def put(model: nn.Module, names: list[str], tensor: torch.Tensor, like: torch.Tensor) -> None:
     """Put `tensor` where the state names say, one object under all of them."""
     value = nn.Parameter(tensor, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else tensor
     for name in names:
@@ -164,6 +185,28 @@ def _same_values(trial: nn.Module, predicted: nn.Module, args: tuple, kwargs: di
     got, wanted = (tree_leaves(outputs_in_float64(m, args, kwargs)) for m in (trial, predicted))
     pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if isinstance(a, torch.Tensor)]
     return all(a.device.type == "meta" or _close(a, b) for a, b in pairs)
+
+
+def _needed(trial: nn.Module, edits: list[Edit], graph: Graph, predicted: tuple[nn.Module, list]) -> list[Edit]:
+    """Edits without those that make no difference: a number that happens to equal a width (a longest length, a limit)
+    must keep its value. Those of standard layers stay; the others are taken back one attribute name at a time."""
+    args, kwargs = graph.capture.program.example_inputs
+    custom: dict[tuple[type, str], list[Edit]] = {}
+    for e in edits:
+        owner = trial.get_submodule(e.module)
+        if attributes.standard(owner, []) is None:
+            custom.setdefault((type(owner), e.attribute), []).append(e)
+    for same in custom.values():
+        attributes.apply(trial, [replace(e, old=e.new, new=e.old) for e in same])
+        try:
+            unchanged = op_log(trial, args, kwargs) == predicted[1] and _same_values(trial, predicted[0], args, kwargs)
+        except Exception:  # whatever it raises, the number is needed
+            unchanged = False
+        if unchanged:
+            edits = [e for e in edits if e not in same]
+        else:
+            attributes.apply(trial, same)
+    return edits
 
 
 def _captured_differently(trial: nn.Module, graph: Graph, keep: dict[Axis, np.ndarray]) -> str:

@@ -43,7 +43,8 @@ def evaluating(model: nn.Module):
     """`model` in eval mode inside, each module's own training flag restored afterwards."""
     flags = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()
+        for module, _ in flags:  # not model.eval(): modules made by torch.export refuse it
+            module.training = False
         yield model
     finally:
         for module, flag in flags:

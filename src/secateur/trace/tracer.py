@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from secateur.axes import BATCH, ONE, Axis, Dim, constant, freeze, unify
+from secateur.axes import BATCH, Axis, Dim, constant, freeze, unify
 from secateur.errors import InputError
 from secateur.trace.blocks import Block, find_blocks
 from secateur.trace.call import Call, Dims, Value, module_of, op_name, shape_of, tensors_in
@@ -113,7 +113,7 @@ class Tracer:
         if not isinstance(value, torch.Tensor):
             return None
         if node.name in self.capture.tensors:
-            return tuple(Axis(s) if s != 1 else ONE for s in shape_of(value))
+            return tuple(Axis(s) if s > 1 else constant(s, "an empty tensor") for s in shape_of(value))
         batch, *rest = [*shape_of(value), 0] if value.dim() else [0, 0]
         first = Axis(batch, "the model's input", BATCH) if batch > 1 else constant(batch, "the model's input")
         return (first, *(constant(s, "the model's input") for s in rest[:-1])) if value.dim() else ()
@@ -169,7 +169,20 @@ def trace(
         InputError: a pattern of `ignore` matches nothing.
     """
     captured = capture(model, args, kwargs)
-    return analyse(captured, model, ignore, for_class)
+    return analyse(captured, model, patterns(ignore), for_class)
+
+
+def patterns(ignore: Sequence[str] | str | None) -> tuple[str, ...]:
+    """`ignore` as a tuple; one string is one pattern.
+
+    Raises:
+        InputError: something in it is no string.
+    """
+    found = (ignore,) if isinstance(ignore, str) else tuple(ignore or ())
+    for p in found:
+        if not isinstance(p, str):
+            raise InputError(f"ignore holds {p!r}, a {type(p).__name__}.\n  Give names or patterns of modules, parameters or groups.")
+    return found
 
 
 def analyse(captured: Capture, model: nn.Module, ignore: Sequence[str] = (), for_class: bool = False) -> Graph:
@@ -190,6 +203,7 @@ def analyse(captured: Capture, model: nn.Module, ignore: Sequence[str] = (), for
             dims = tracer.env[node]
             for a, b in zip(tensors.setdefault(name, dims), dims, strict=True):
                 unify(a, b)
+    _freeze_shared_memory(captured, tensors)
     if for_class:
         tie(captured, tracer.env, model, tensors)
     graph = Graph(captured, tracer.env, tracer.terms, tensors, _sizes(model), notes=tracer.notes)
@@ -209,6 +223,19 @@ def prefixes(name: str) -> list[str]:
     """'a.b.c' -> 'a', 'a.b', 'a.b.c'."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+
+def _freeze_shared_memory(captured: Capture, tensors: Mapping[str, Dims]) -> None:
+    """Parameters that are views of one memory without being one tensor would part ways when cut."""
+    owners: dict[int, str] = {}
+    for name, dims in tensors.items():
+        value = captured.values.get(name)
+        if value is None or not value.numel():
+            continue
+        first = owners.setdefault(value.untyped_storage()._cdata, name)
+        if first != name:
+            for d in (*dims, *tensors[first]):
+                freeze(d, f"{name!r} and {first!r} share memory")
 
 
 def _sizes(model: nn.Module) -> dict[str, tuple[int, int, bool]]:

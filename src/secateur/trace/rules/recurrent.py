@@ -28,6 +28,8 @@ def recurrent(gates: int):
         output = outs[0]
         for h in hx:
             t.freeze(h[:1], c.reason("layers and directions"))
+            if len(x) == 3:
+                unify(h[1], x[0 if c["batch_first"] else 1])
         for o in outs:
             unify(hx[0][-1], o)
         if len(hx) > 1:

@@ -28,6 +28,12 @@ def over_kept(t, c: Call) -> Value:
     return [out for _ in value] if isinstance(value, (tuple, list)) else out
 
 
+def vector_norm(t, c: Call) -> Value:
+    """A unit of zeros changes no norm of order 0 or more; of negative order it would be the smallest."""
+    order = c["ord"] if "ord" in c.args else c["p"]
+    return over_kept(t, c) if order is None or order >= 0 else whole(t, c)
+
+
 def whole(t, c: Call) -> Value:
     """The axis reduced over must stay whole."""
     x = c.dims("self")
@@ -68,7 +74,8 @@ def either(t, c: Call) -> Value:
 
 
 RULES = {
-    **dict.fromkeys(("mean", "sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm"), over_kept),
+    **dict.fromkeys(("mean", "sum", "var", "std", "var_mean", "std_mean"), over_kept),
+    **dict.fromkeys(("linalg_vector_norm", "norm"), vector_norm),
     **dict.fromkeys(
         ("amax", "amin", "argmax", "argmin", "any", "all", "prod", "logsumexp", "median", "mode", "nanmean", "nansum"), whole
     ),
