@@ -102,17 +102,17 @@ def run(work: Callable[[str, Path], None], name: str, limits: Limits) -> dict[st
 def _child(work: Callable[[str, Path], None], name: str, out: Path, log: Path) -> None:
     """The forked side: all output to `log`, and no way back into the caller's code."""
     code = 1
-    try:
-        with log.open("w") as stream:
+    with log.open("w") as stream:
+        try:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
             work(name, out)
             code = 0
-    except BaseException:  # the caller reads it from the log
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+        except BaseException:  # the caller reads it from the log
+            traceback.print_exc(file=stream)
+        finally:
+            stream.flush()
+            os._exit(code)
 
 
 def write(path: Path, row: dict[str, Any]) -> None:
