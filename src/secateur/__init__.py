@@ -26,6 +26,7 @@ from secateur.surgery import Cut as Cut
 from secateur.surgery import cut as cut
 from secateur.trace import Graph as Graph
 from secateur.trace import Group as Group
+from secateur.trace import parts as parts
 from secateur.trace import trace as trace
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "errors",
     "load",
     "measure",
+    "parts",
     "plan",
     "prove",
     "prune",

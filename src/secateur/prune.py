@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from secateur import budget
 from secateur import score as criteria
 from secateur.budget.targets import Target
-from secateur.errors import DataError, InputError, ModelError, TargetError
+from secateur.errors import CaptureError, DataError, InputError, ModelError, TargetError
 from secateur.measure.count import count
 from secateur.measure.proof import Proof, prove, require
 from secateur.measure.run import at_rest, forward, shapes
@@ -22,7 +22,7 @@ from secateur.plan import Cost, Plan
 from secateur.repair import batch_norm_statistics
 from secateur.surgery import Cut, cut
 from secateur.surgery.optimizer import migrate
-from secateur.trace import Graph, analyse, trace
+from secateur.trace import Graph, analyse, parts, trace
 from secateur.trace.tracer import patterns
 
 Progress = Callable[[str], None]
@@ -96,7 +96,7 @@ def prune(
     kwargs, ignore = dict(kwargs or {}), patterns(ignore)
     check(model, args, kwargs)
     say("trace")
-    graph = trace(model, args, kwargs, ignore=ignore)
+    graph = _traced(model, args, kwargs, ignore)
     ask = _Asked(model, score, seed, targets, allocation, depth, say)
     plan, done, proof = ask.carry_out(graph)
     if done.how == "graph" and not graph.removed_blocks(plan.keep):
@@ -175,6 +175,19 @@ class _Asked:
         except (TargetError, InputError):  # scores given by hand are for the groups of the free trace
             return None
         return (tied, plan, done, proof) if done.how == "attributes" and proof.passed else None
+
+
+def _traced(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], ignore: Sequence[str]) -> Graph:
+    try:
+        return trace(model, args, kwargs, ignore=ignore)
+    except CaptureError as error:
+        names = [repr(p.name) for p in parts(model, args, kwargs)]
+        if not names:
+            raise
+        raise CaptureError(
+            f"{error}\n  Parts that can be captured: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. "
+            "`sc.parts` hands each of them out with its inputs, to be pruned and put back."
+        ) from error
 
 
 def check(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
