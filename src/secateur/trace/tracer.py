@@ -82,9 +82,7 @@ class Tracer:
             return None
         meta = node.meta.get("val")
         small = isinstance(meta, torch.Tensor) and not meta.is_floating_point() and meta.numel() <= KNOWN_ELEMENTS
-        if not small or not _is_fixed(node):
-            pass
-        elif node.op == "placeholder":
+        if node.op == "placeholder" and small:
             name = self.capture.tensors.get(node.name)
             found = self.capture.values.get(name) if name and name not in self.capture.trainable else None
             value = found.detach() if isinstance(found, torch.Tensor) and found.device.type == "cpu" else None
@@ -145,14 +143,6 @@ class Tracer:
         return value
 
 
-def _is_fixed(node: fx.Node) -> bool:
-    """Whether a node has one value for good: neither random nor written into."""
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-        return False
-    writers = [node, *node.users]
-    return not any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in writers)
-
-
 def trace(
     model: nn.Module, args: tuple, kwargs: Mapping | None = None, *, ignore: Sequence[str] = (), for_class: bool = False
 ) -> Graph:
@@ -204,11 +194,12 @@ def analyse(captured: Capture, model: nn.Module, ignore: Sequence[str] = (), for
             for a, b in zip(tensors.setdefault(name, dims), dims, strict=True):
                 unify(a, b)
     _freeze_shared_memory(captured, tensors)
+    graph = Graph(captured, tracer.env, tracer.terms, tensors, _sizes(model), notes=tracer.notes)
+    named = _axes_by_name(graph) if ignore else {}  # before anything is tied or frozen, which would rename what is left
     if for_class:
         tie(captured, tracer.env, model, tensors)
-    graph = Graph(captured, tracer.env, tracer.terms, tensors, _sizes(model), notes=tracer.notes)
     for pattern in ignore:
-        _ignore(graph, model, pattern)
+        _ignore(graph, model, pattern, named)
     find_groups(graph)
     graph.blocks = {n: b for n, b in find_blocks(captured).items() if not _ignored(n, b, ignore)}
     return graph
@@ -244,7 +235,13 @@ def _sizes(model: nn.Module) -> dict[str, tuple[int, int, bool]]:
     return out
 
 
-def _ignore(graph: Graph, model: nn.Module, pattern: str) -> None:
+def _axes_by_name(graph: Graph) -> dict[str, Axis]:
+    trial = Graph(graph.capture, graph.env, graph.terms, graph.tensors, graph.sizes)
+    find_groups(trial)
+    return trial.axes
+
+
+def _ignore(graph: Graph, model: nn.Module, pattern: str, named: Mapping[str, Axis]) -> None:
     """Freeze every dimension of the tensors named by `pattern`: a tensor, a module, or a group of this model."""
     found = False
     names = [*graph.tensors, *graph.capture.aliases]
@@ -255,9 +252,7 @@ def _ignore(graph: Graph, model: nn.Module, pattern: str) -> None:
             for d in graph.tensors.get(tensor, ()):
                 freeze(d, f"ignored by {pattern!r}")
     if not found:
-        trial = Graph(graph.capture, graph.env, graph.terms, graph.tensors, graph.sizes)
-        find_groups(trial)
-        for name, axis in trial.axes.items():
+        for name, axis in named.items():
             if fnmatchcase(name, pattern):
                 found = True
                 freeze(axis, f"ignored by {pattern!r}")
