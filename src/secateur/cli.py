@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -39,7 +40,7 @@ Source = Annotated[str | None, typer.Option("--data", metavar="DATA", help=(
     "digits, imagefolder:DIR, npz:FILE, safetensors:FILE or pkg.mod:function"
 ))]  # fmt: skip
 Ignore = Annotated[list[str] | None, typer.Option(help="Module, parameter or group that keeps its shape; repeatable.")]
-Seed = Annotated[int, typer.Option(help="Of random weights, random scores and the split of the data.")]
+Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of random weights, random scores and the split of the data.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -61,8 +62,8 @@ def prune(  # noqa: PLR0913  # a command's parameters are its options
 ) -> None:
     """Cut a model down to a budget, prove the cut, re-estimate BatchNorm from DATA, and save it."""
     targets = [parse(text) for text in at_most]
-    held, given = _given(data, inputs, seed)
-    with terminal.stages() as say:
+    with _working(as_json) as say:
+        held, given = _given(data, inputs, seed)
         say("load")
         loaded = load_model(model, weights, seed=seed)
         example = job.example_inputs(loaded, held, given)
@@ -86,8 +87,8 @@ def inspect(  # noqa: PLR0913  # as above
     debug: Debug = False,
 ) -> None:
     """Show which units can be cut together, what is frozen and why, and what each unit costs."""
-    held, given = _given(data, inputs, seed)
-    with terminal.stages() as say:
+    with _working(as_json) as say:
+        held, given = _given(data, inputs, seed)
         say("load")
         loaded = load_model(model, weights, seed=seed)
         args, kwargs = job.example_inputs(loaded, held, given)
@@ -117,8 +118,8 @@ def measure(  # noqa: PLR0913  # as above
     debug: Debug = False,
 ) -> None:
     """Count MACs, parameters and bytes; measure peak memory and latency, one batch as the inputs say."""
-    held, given = _given(data, inputs, 0)
-    with terminal.stages() as say:
+    with _working(as_json) as say:
+        held, given = _given(data, inputs, 0)
         say("load")
         loaded = load_model(model, weights, factory=factory)
         args, kwargs = job.example_inputs(loaded, held, given)
@@ -145,6 +146,18 @@ def demo(
 
 def _given(data: str | None, inputs: Sequence[str] | None, seed: int) -> tuple[Data | None, list[Any]]:
     return (load_data(data, seed=seed) if data else None), [parse_input(text) for text in inputs or ()]
+
+
+@contextmanager
+def _working(as_json: bool) -> Iterator[Any]:
+    """The stages of the work. With --json standard output holds one document: what a user's code prints goes to
+    standard error."""
+    with terminal.stages() as say:
+        if not as_json:
+            yield say
+            return
+        with redirect_stdout(sys.stderr):
+            yield say
 
 
 def _print(facts: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ def double(value: Any) -> Any:
 
     def one(v: Any) -> Any:
         if isinstance(v, torch.Tensor):
-            v = v.detach().cpu()
-            return v.double() if v.is_floating_point() else v.clone()
+            v = v.detach()
+            return v.to("cpu", torch.float64 if v.is_floating_point() else v.dtype, copy=True)
         return v
 
     return tree_map(one, value)

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from secateur.errors import InputError
-from secateur.measure.run import at_rest, batch_of, forward, inputs_on
+from secateur.measure.run import at_rest, batch_of, forward, inputs_on, untouched
 
+MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many as it is told to
 _SHORTEST = 2e-3  # seconds: a quicker function is called several times per sample, or the clock's noise is measured
 
 
@@ -68,7 +69,7 @@ def latency(
             "The model is on the meta device, where nothing is computed and nothing takes time.\n"
             "  Load its weights, or ask for count() and peak_bytes() only."
         )
-    with at_rest(model):
+    with at_rest(model), untouched(args, kwargs):
         forward(model, args, kwargs)
         timed = compare(
             {"forward": lambda: model(*args, **kwargs)}, rounds=rounds, threads=threads, batch=batch_of(args, kwargs)
@@ -86,8 +87,8 @@ def compare(
     """Time the functions in turns. ``batch`` is only passed on into the result. The first function is the yardstick."""
     if not functions:
         raise InputError("compare() got no functions. Pass {name: function, ...}.")
-    if rounds < 2 or threads < 1:
-        raise InputError(f"rounds={rounds}, threads={threads}: a spread needs 2 rounds at least, a run 1 thread.")
+    if not (isinstance(rounds, int) and isinstance(threads, int)) or rounds < 2 or not 1 <= threads <= MOST_THREADS:
+        raise InputError(f"rounds={rounds!r}, threads={threads!r}: a spread needs 2 rounds at least, a run 1 to {MOST_THREADS} threads.")
     names = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with _threads(threads):

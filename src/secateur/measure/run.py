@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import InputError
@@ -15,12 +17,14 @@ from secateur.errors import InputError
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no fused attention; every flag is put back afterwards.
+    """Evaluation mode, no gradients, no fused attention; every flag is put back afterwards, and so are the buffers and
+    counters (numbers and words among the attributes) that a forward of the model itself changes.
 
     The flags are set one by one because modules that ``torch.export`` made refuse ``eval()``. The fast path of
     ``nn.MultiheadAttention`` is closed because it hides a whole layer behind one operator on the CPU only.
     """
     flags = [(module, module.training) for module in model.modules()]
+    kept = [_Kept(module) for module, _ in flags if not isinstance(module, _BORN_LATER)]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         for module, _ in flags:
@@ -30,24 +34,89 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        for state in kept:
+            state.put_back()
         for module, training in flags:
             module.training = training
 
 
-def forward(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None) -> Any:
-    """``model(*args, **kwargs)``; what the model raises comes back as an InputError that names the shapes."""
+class _Kept:
+    """What one module itself remembers between two calls."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        with torch.no_grad(), _disable_current_modes():
+            self.buffers = {k: (b, None if b.is_inference() else _copy(b)) for k, b in module._buffers.items() if b is not None}
+        self.simple = {k: v for k, v in vars(module).items() if isinstance(v, _SIMPLE)}
+
+    def put_back(self) -> None:
+        with torch.no_grad(), _disable_current_modes():
+            for name, (buffer, copy) in self.buffers.items():
+                if self.module._buffers.get(name) is not buffer:
+                    self.module._buffers[name] = buffer
+                if copy and (buffer._version != copy[1] or not _same(buffer, copy[0])):
+                    buffer.copy_(copy[0])
+        held = vars(self.module)
+        for name, value in self.simple.items():
+            if held.get(name) is not value:
+                held[name] = value
+
+
+_BORN_LATER = (torch.jit.ScriptModule, LazyModuleMixin)  # state out of Python's sight; sizes that the first call sets
+_SIMPLE = (bool, int, float, complex, str, type(None))
+
+
+def _copy(tensor: Tensor) -> tuple[Tensor, int]:
+    """Its values, and the number of writes into it so far (tensors made in inference mode have none)."""
+    return tensor.clone(), tensor._version
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Batch norm writes its statistics without counting it as a write."""
+    if a.device.type == "meta" or not a.is_floating_point():
+        return True
+    return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@contextmanager
+def untouched(args: tuple, kwargs: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Inputs that a forward writes into are put back afterwards."""
+    tensors = [leaf for leaf in tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(leaf, Tensor)]
+    with torch.no_grad(), _disable_current_modes():
+        copies = [(tensor, _copy(tensor)) for tensor in tensors if not tensor.is_inference()]
     try:
-        return model(*args, **(kwargs or {}))
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        yield
+    finally:
+        with torch.no_grad(), _disable_current_modes():
+            for tensor, (value, version) in copies:
+                if tensor._version != version:
+                    tensor.copy_(value)
+
+
+def forward(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None) -> Any:
+    """``model(*args, **kwargs)``; what the model raises comes back as an InputError that names the shapes. Inputs that
+    the model writes into are put back."""
+    try:
+        with untouched(args, kwargs):
+            return model(*args, **(kwargs or {}))
+    except (Exception, SystemExit) as error:  # a user's forward may raise anything
         raise InputError(
             f"{type(model).__name__} cannot run on inputs of {shapes(args, kwargs)}.\n"
-            f"  It said: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}\n"
+            f"  It said: {_said(error)}\n"
             "  Pass args=(...) and kwargs={...} as forward takes them, on the model's device and in its dtype."
         ) from error
 
 
+def _said(error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    known = isinstance(error, (RuntimeError, TypeError, ValueError)) and first
+    return first if known else f"{type(error).__name__}{': ' if first else ''}{first}"
+
+
 def inputs_on(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[str, Any]]:
     """The inputs as a tuple and a dict; moved to the meta device if that is where the model is."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module.\n  Pass the module itself.")
     if isinstance(args, Tensor):
         args = (args,)
     if not isinstance(args, (tuple, list)):

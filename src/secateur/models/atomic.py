@@ -24,7 +24,11 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         InputError: `folder` is a file, or holds something this package did not write.
         FormatError: the disk is full or not writable; the old folder is unchanged.
     """
-    _refuse_foreign(folder)
+    try:
+        folder = folder.resolve() if folder.is_symlink() else folder  # a link stays a link
+        _refuse_foreign(folder)
+    except OSError as error:  # a name that no folder can have
+        raise FormatError(f"{str(folder)[:200]} could not be written: {error.strerror}.\n  Nothing was left behind. Choose another name.") from error
     fresh = folder.parent / f".{folder.name}.new-{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

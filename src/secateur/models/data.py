@@ -90,8 +90,9 @@ def load_data(spec: str, *, batch_size: int = 128, test_share: float = 0.2, seed
 def _called(spec: str) -> Any:
     function = import_function(spec, DataError, "--data")
     try:
-        return function()
-    except Exception as error:
+        made = function()
+        return list(made) if isinstance(made, Iterator) else made  # a generator can be gone through only once
+    except (Exception, SystemExit) as error:
         raise DataError(f"--data {spec}() failed: {type(error).__name__}: {error}.\n"
                         "  The function is called without arguments; give it defaults.") from error  # fmt: skip
 
@@ -127,6 +128,9 @@ def _arrays(path: Path, kind: str) -> tuple[Tensor, Tensor | None]:
         images = _channels_first(images).float() / 255
     elif images.is_floating_point():
         images = _channels_first(images).float()
+    if labels is not None and labels.is_floating_point() and not torch.equal(labels, labels.round()):
+        raise DataError(f"{path}: the labels hold fractions, such as {float(labels[labels != labels.round()][0])}.\n"
+                        "  A label is the whole number of its class.")  # fmt: skip
     return images, None if labels is None else labels.long().reshape(-1)
 
 

@@ -29,7 +29,12 @@ def parse_input(text: str) -> Tensor:
             f"(one of {', '.join(sorted(_DTYPES))})."
         )
     shape = [int(size) for size in match["sizes"].split("x")]
-    return _random(shape, match["dtype"] or "float32", int(match["high"] or 2))
+    high = int(match["high"] or 2)
+    try:
+        return _random(shape, match["dtype"] or "float32", high)
+    except (RuntimeError, ValueError, TypeError) as error:  # more numbers than memory holds, or none below the bound
+        raise InputError(f"--input {text!r} cannot be made: {(str(error).splitlines() or ['?'])[0][:160]}.\n"
+                         "  Write sizes that fit into memory, and a bound of at least 1.") from error  # fmt: skip
 
 
 def describe(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

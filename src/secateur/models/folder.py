@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,10 +52,13 @@ def save(result: Result, folder: str | Path) -> Path:
     gives the same outputs bit for bit; otherwise `plan.json` says why it does not, and `load` needs a factory.
 
     Raises:
-        InputError: the folder holds something else, or the model is on the meta device and has no values.
+        InputError: not a result or not a path, the folder holds something else, or the model is on the meta device and
+            has no values.
         FormatError: the disk is full or not writable. What was there before is unchanged.
     """
-    folder = Path(folder)
+    folder = _path(folder)
+    if not isinstance(getattr(result, "model", None), nn.Module) or not hasattr(result, "plan"):
+        raise InputError(f"save() got a {type(result).__name__}.\n  Pass what prune() returned: save(result, folder).")
     args, kwargs = result.graph.program.example_inputs or ((), {})
     module, why = recipe.exported(result.model, args, kwargs)
     tensors = recipe.collect(result.model, module)
@@ -103,12 +108,23 @@ def load(folder: str | Path, factory: Callable[[], Any] | None = None) -> nn.Mod
     tensors. Without, it is the exported graph, when the folder carries one.
 
     Raises:
-        FormatError: the folder is missing, incomplete, damaged or altered, or the factory builds something else; the
-            message names the first differences. Nothing on disk is changed.
+        FormatError: the folder is missing, incomplete, damaged or altered, or the factory builds something else (other
+            tensors, other attributes or, where the folder carries the graph, other outputs); the message names the
+            first differences. Nothing on disk is changed.
     """
     saved = read(folder)
+    with _well_formed(saved.folder):
+        return _rebuilt(saved, factory)
+
+
+def _rebuilt(saved: Saved, factory: Callable[[], Any] | None) -> nn.Module:
     if factory is not None:
-        return recipe.rebuild_from_factory(factory, saved.document, saved.tensors)
+        model = recipe.rebuild_from_factory(factory, saved.document, saved.tensors)
+        if saved.document["graph"]["carried"]:
+            form = _json(saved.folder / GRAPH)
+            known = graph_file.from_json(form, recipe.as_module_tensors(saved.document, saved.tensors))
+            recipe.same_function(model, known, saved.document["inputs"])
+        return model
     if not saved.document["graph"]["carried"]:
         raise FormatError(
             f"{saved.folder} carries no graph: {saved.document['graph']['why_not']}.\n"
@@ -124,8 +140,8 @@ def read(folder: str | Path) -> Saved:
 
     Raises FormatError saying what differs.
     """
-    folder = Path(folder)
-    if not (folder / MARK).is_file():
+    folder = _path(folder)
+    if not _is_file(folder / MARK):
         old = backup(folder)
         hint = f"An interrupted save left the previous version in {old}; rename it." if old.exists() else (
             "Give the folder that save() or `secateur prune -o` wrote."
@@ -138,14 +154,40 @@ def read(folder: str | Path) -> Saved:
             f"{folder} has format {document.get('format')!r}, this version of secateur reads {FORMAT!r}.\n"
             f"  It was written by secateur {document.get('versions', {}).get('secateur', '?')}: install that version."
         )
-    for name, facts in document["files"].items():
-        _check_file(folder / name, facts)
-    tensors = _load_tensors(folder / TENSORS)
-    _check_tensors(folder, document, tensors)
+    with _well_formed(folder):
+        for name, facts in document["files"].items():
+            _check_file(folder / name, facts)
+        tensors = _load_tensors(folder / TENSORS)
+        _check_tensors(folder, document, tensors)
     return Saved(folder, document, tensors)
 
 
 # ---------------------------------------------------------------- the parts of a folder
+def _path(folder: str | Path) -> Path:
+    if not isinstance(folder, (str, os.PathLike)) or isinstance(folder, bytes) or "\0" in str(folder):
+        raise InputError(f"{folder!r:.60} is no path of a folder.\n  Pass a string or a Path.")
+    return Path(folder)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than a name can be
+        return False
+
+
+@contextmanager
+def _well_formed(folder: Path) -> Iterator[None]:
+    """plan.json with the right hash may still lack what this version needs, or hold it in another form."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise FormatError(
+            f"{folder / MARK} has not the form that secateur writes: {type(error).__name__}: {error}.\n"
+            "  It was changed, or written by another version: save the model again."
+        ) from error
+
+
 def _save_tensors(stored: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file(dict(stored), path, metadata={"format": "pt"})
@@ -187,7 +229,7 @@ def _digest(document: Mapping[str, Any]) -> str:
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except (ValueError, OSError) as error:  # ValueError covers bad JSON and bad UTF-8
+    except (ValueError, OSError, RecursionError) as error:  # ValueError covers bad JSON and bad UTF-8
         raise FormatError(f"{path} cannot be read: {error}.\n  It was cut short: save the model again.") from error
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds a {type(value).__name__}, not an object.\n  Save the model again.")

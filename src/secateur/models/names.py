@@ -51,13 +51,13 @@ def _from_path(place: str, spec: str, kind: type[SecateurError], option: str) ->
         ) from error
     except (ValueError, TypeError) as error:
         raise kind(f"{option} {spec!r} is not a module and a function.\n  Write pkg.mod:function.") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise kind(f"{spec}: importing {place} failed: {type(error).__name__}: {error}.\n  Mend it first.") from error
 
 
 def _executed(run: Callable[[], None], module: Any, spec: str, kind: type[SecateurError]) -> Any:
     try:
         run()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that parses arguments ends itself when it is imported
         raise kind(f"{spec}: running the file failed: {type(error).__name__}: {error}.\n  Mend it first.") from error
     return module

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import DataError
+from secateur.errors import DataError, InputError
 from secateur.measure import at_rest
+from secateur.measure.run import forward
 
 
 def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
@@ -24,7 +25,13 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
             if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
                 raise DataError("Accuracy needs labels, and these batches have none.\n  Give (inputs, labels).")
             inputs, labels = batch
-            scores = _scores(model(inputs.to(where.device, where.dtype if inputs.is_floating_point() else None)))
+            if not len(inputs):
+                continue
+            labels = _whole(labels)
+            try:
+                scores = _scores(forward(model, (inputs.to(where.device, where.dtype if inputs.is_floating_point() else None),)))
+            except InputError as error:
+                raise DataError(f"A batch of the data does not fit. {error}") from error
             if scores.dim() != 2 or len(scores) != len(labels) or int(labels.max()) >= scores.shape[1]:
                 raise DataError(
                     f"The model gives {tuple(scores.shape)} for {len(labels)} labels up to {int(labels.max())}.\n"
@@ -35,6 +42,15 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     if not rows:
         raise DataError("Accuracy of no rows: the data set is empty.\n  Give at least one batch.")
     return right / rows
+
+
+def _whole(labels: Any) -> Tensor:
+    """Labels as class numbers, one per row. Raises DataError for anything else."""
+    labels = torch.as_tensor(labels)
+    if labels.dim() != 1 or (labels.is_floating_point() and not torch.equal(labels, labels.round())) or int(labels.min()) < 0:
+        raise DataError(f"Accuracy needs one class number from 0 up per row; these labels are {labels.dtype} of shape {tuple(labels.shape)}, "
+                        f"the smallest {float(labels.min()):g}.\n  Give class numbers, or data without labels.")  # fmt: skip
+    return labels.long()
 
 
 def _scores(output: Any) -> Tensor:

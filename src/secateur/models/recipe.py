@@ -12,7 +12,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import FormatError
+from secateur.measure.run import at_rest
 from secateur.models import graph_file
+from secateur.models.example import rebuild
 from secateur.surgery.attributes import Edit
 from secateur.trace.capture import evaluating
 
@@ -132,7 +134,11 @@ def rebuild_from_factory(
             "This model was cut by rewriting its graph, because its Python code has sizes written into forward(): "
             "a factory would bring those sizes back.\n  Load it without a factory."
         )
-    built = factory()
+    try:
+        built = factory()
+    except (Exception, SystemExit) as error:
+        raise FormatError(f"The factory failed: {type(error).__name__}: {error}.\n"
+                          "  Pass a function that builds the dense model when it is called without arguments.") from error  # fmt: skip
     model = built[0] if isinstance(built, tuple) else built
     if not isinstance(model, nn.Module):
         raise FormatError(f"The factory returned a {type(model).__name__}, not an nn.Module.\n"
@@ -140,6 +146,9 @@ def rebuild_from_factory(
     restored = {n: t for n, t in as_module_tensors(document, tensors).items()
                 if document["tensors"][n]["kind"] != "constant"}  # fmt: skip
     _same_names(model, restored)
+    if type(model).__name__ != document["model"]:
+        raise FormatError(f"The factory builds a {type(model).__name__}, the model saved is a {document['model']}.\n"
+                          "  Pass the factory of the dense model that was pruned.")  # fmt: skip
     _set_attributes(model, document["edits"])
     for name, tensor in restored.items():
         path, _, last = name.rpartition(".")
@@ -149,6 +158,39 @@ def rebuild_from_factory(
     for name, module in model.named_modules():
         module.training = trains != (name in different)
     return model
+
+
+def same_function(model: nn.Module, known: fx.GraphModule, inputs: Mapping[str, Any]) -> None:
+    """Run the rebuilt model beside the graph that was saved with it, on inputs like those it was pruned with.
+
+    Raises FormatError if they differ by more than two machines may: then the factory builds other arithmetic.
+    """
+    try:
+        args, kwargs = rebuild(inputs)
+        with at_rest(known):
+            expected = _outputs(known, args, kwargs)
+    except Exception:  # inputs that plan.json cannot describe: there is nothing to compare with
+        return
+    try:
+        with at_rest(model):
+            found = _outputs(model, args, kwargs)
+        said = "" if _alike(expected, found) else "its outputs differ from those of the graph saved with it"
+    except Exception as error:  # a user's forward may raise anything
+        said = f"it does not run: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
+    if said:
+        raise FormatError(f"The factory builds another model than the one saved ({type(model).__name__}): {said}.\n"
+                          "  Pass the factory of the dense model that was pruned, with the same options.")  # fmt: skip
+
+
+def _alike(expected: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        return False
+    for a, b in zip(expected, found, strict=True):
+        if a.is_floating_point():
+            scale = float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()) if a.numel() else 0.0
+            if not torch.allclose(a.float(), b.float(), rtol=0.0, atol=1e-2 * scale, equal_nan=True):
+                return False
+    return True
 
 
 def _same_names(model: nn.Module, restored: Mapping[str, Tensor]) -> None:

@@ -82,7 +82,7 @@ def _from_factory(spec: str) -> LoadedModel:
     factory = import_function(spec, ModelError, "MODEL")
     try:
         made = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{spec}() failed: {type(error).__name__}: {error}.\n"
                          "  The function is called without arguments; give it defaults.") from error  # fmt: skip
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
@@ -93,6 +93,9 @@ def _from_factory(spec: str) -> LoadedModel:
         return LoadedModel(model, (), spec, dict(inputs))
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
+    if not isinstance(inputs, (tuple, list, type(None))):
+        raise ModelError(f"{spec}() returned inputs of type {type(inputs).__name__}.\n"
+                         "  Return (module, inputs): a tensor, a tuple of positional inputs, or a dict of keyword inputs.")  # fmt: skip
     return LoadedModel(model, tuple(inputs) if inputs is not None else None, spec)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from secateur.errors import ModelError
 
@@ -83,9 +84,12 @@ def _state_dict(path: Path) -> Any:
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Raises ModelError if a parameter or buffer holds NaN or infinity where numbers belong."""
+    """Raises ModelError if a parameter or buffer holds NaN or infinity where numbers belong, or nothing yet."""
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for key, tensor in tensors:
+            if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+                raise ModelError(f"{name}: the {kind} {key} has no shape yet, because a lazy module waits for its first input.\n"
+                                 "  Run the model once on an example in the factory, and return it then.")  # fmt: skip
             wrong = tensor.isnan() if kind == "buffer" else ~tensor.isfinite()  # masks are built of infinities
             if tensor.is_floating_point() and tensor.device.type != "meta" and wrong.any():
                 raise ModelError(

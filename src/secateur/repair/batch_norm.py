@@ -6,14 +6,15 @@ replaced by the average over batches of what really arrives (Li et al. 2020, "Ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from secateur.errors import DataError
+from secateur.errors import DataError, InputError, SecateurError
+from secateur.measure.run import batch_of, forward, shapes
 from secateur.trace.capture import evaluating
 
 _OPS = ("aten::native_batch_norm", "aten::_native_batch_norm_legit_no_training", "aten::cudnn_batch_norm")
@@ -34,9 +35,9 @@ class _Collect(TorchDispatchMode):
         var, mean = torch.var_mean(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, over, correction=0)
         n = x.numel() // x.shape[1]
         row = self.sums.setdefault(id(running_mean), [running_mean, running_var, 0.0, 0.0, 0])
-        row[2] = row[2] + mean.double()
-        row[3] = row[3] + var.double() * (n / max(1, n - 1))
-        row[4] += 1
+        row[2] = row[2] + mean.double() * n
+        row[3] = row[3] + var.double() * (n * n / max(1, n - 1))
+        row[4] += n  # a last batch of few rows counts for few
         replaced = (*args[:3], mean.to(running_mean.dtype), var.to(running_var.dtype), *args[5:])
         return func(*replaced, **(kwargs or {}))
 
@@ -48,13 +49,13 @@ def batch_norm_statistics(model: nn.Module, batches: Iterable[tuple[tuple, Mappi
     only at the end, after every batch ran.
 
     Raises:
-        DataError: no batch, or one that gives non-finite statistics.
+        DataError: no batch, one without rows, one that the model cannot run, or one that gives non-finite statistics.
     """
     used = 0
     collect = _Collect()
     with torch.no_grad(), evaluating(model), collect:
-        for used, (args, kwargs) in enumerate(batches, 1):
-            model(*args, **kwargs)
+        for used, (args, kwargs) in enumerate(_arriving(batches), 1):
+            _run(model, used, args, kwargs)
             if progress:
                 progress(used)
             if not collect.sums:
@@ -67,3 +68,32 @@ def batch_norm_statistics(model: nn.Module, batches: Iterable[tuple[tuple, Mappi
         mean.copy_((sum_mean / n).to(mean.dtype))
         var.copy_((sum_var / n).to(var.dtype))
     return used if collect.sums else 0
+
+
+def _arriving(batches: Iterable[tuple[tuple, Mapping]]) -> Iterator[tuple[tuple, Mapping]]:
+    given = 0
+    try:
+        for item in batches:
+            given += 1
+            yield item
+    except SecateurError:
+        raise
+    except Exception as error:  # whatever the user's data set raises
+        raise DataError(
+            f"data stopped after {given} batches with {type(error).__name__}: {error}.\n"
+            "  No statistics were changed. Pass an iterable of batches that can be read to its end."
+        ) from error
+
+
+def _run(model: nn.Module, number: int, args: tuple, kwargs: Mapping) -> None:
+    if batch_of(args, kwargs) == 0:
+        raise DataError(f"batch {number} of data has no rows: {shapes(args, kwargs)}.\n  Leave empty batches out.")
+    try:
+        forward(model, args, kwargs)
+    except InputError as error:
+        said = str(error).splitlines()[1].strip().removeprefix("It said: ")
+        raise DataError(
+            f"batch {number} of data, {shapes(args, kwargs)}, does not run: {said}\n"
+            "  Pass batches like the example inputs, on the model's device and in its dtype: an iterable of tensors, of (inputs, labels), "
+            "or of dicts."
+        ) from error

@@ -20,13 +20,19 @@ def score(graph: Graph, model: torch.nn.Module, by: str | Callable | Mapping[str
     """Scores by the name of a criterion, by a function `(graph, model, seed)`, or as given.
 
     Raises:
-        InputError: an unknown name, or scores that do not fit the groups or hold NaN.
+        InputError: an unknown name, or scores that do not fit the groups, name others, or hold NaN.
     """
     if isinstance(by, str):
         if by not in CRITERIA:
             raise InputError(f"unknown criterion {by!r}.\n  There are: {', '.join(CRITERIA)}.")
         by = CRITERIA[by]
-    found = by(graph, model, seed) if callable(by) else dict(by)
+    given = by(graph, model, seed) if callable(by) else by
+    if not isinstance(given, Mapping):
+        raise InputError(f"scores are a {type(given).__name__}.\n  Give the name of a criterion, or one number per unit as {{group: tensor}}.")
+    found = {name: _numbers(name, value) for name, value in given.items()}
+    if others := [name for name in found if name not in graph.groups and name not in graph.blocks]:
+        first = next(iter(graph.groups), "")
+        raise InputError(f"there are scores for {others[0]!r}, which is no group of this model.\n  Groups are named like {first!r}.")
     for name, group in graph.groups.items():
         if name not in found or tuple(found[name].shape) != (group.size,):
             have = tuple(found[name].shape) if name in found else "none"
@@ -34,6 +40,14 @@ def score(graph: Graph, model: torch.nn.Module, by: str | Callable | Mapping[str
         if bool(torch.isnan(found[name]).any()):
             raise InputError(f"the scores of group {name!r} hold NaN.\n  Check the weights of {group.slots[0].tensor!r}.")
     return found
+
+
+def _numbers(name: str, value: object) -> torch.Tensor:
+    """Scores as they came (a tensor of any dtype, a list, an array) as float64 on the CPU."""
+    try:
+        return torch.as_tensor(value).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the scores of group {name!r} are a {type(value).__name__}, not numbers.\n  Give one number per unit.") from error
 
 
 __all__ = ["CRITERIA", "blocks", "bn_scale", "l1", "l2", "random", "score"]

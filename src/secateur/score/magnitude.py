@@ -31,8 +31,8 @@ def per_unit(graph: Graph, group: Group, of: Callable[[torch.Tensor], torch.Tens
                 "  Load the weights, or use score='random'."
             )
         others = [d for d in range(w.dim()) if d != s.dim]
-        each = of(w.float() if w.dtype in (torch.float16, torch.bfloat16) else w)
-        each = each.sum(others, dtype=torch.float64) if others else each.double()
+        each = of((w.abs() if w.is_complex() else w).double())  # squares of large float32 or of small integers overflow
+        each = each.sum(others) if others else each
         total += each.cpu()[s.positions].sum(1)
     return total
 
