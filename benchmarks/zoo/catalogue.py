@@ -37,7 +37,17 @@ class Entry:
         """The model (eval mode, random weights drawn from `seed`) and its example inputs."""
         torch.manual_seed(seed)
         model, args, kwargs = self.make()
+        _fill_zeros(model)
         return Example(model.eval(), args, kwargs)
+
+
+def _fill_zeros(model: nn.Module) -> None:
+    """Parameters that start at zero (heads, biases, last norms of residual branches) would hide what feeds them from a
+    comparison of outputs, so they get small random values."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point() and not bool(p.any()):
+                p.uniform_(-0.1, 0.1)
 
 
 def entries() -> list[Entry]:

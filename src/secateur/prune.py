@@ -114,6 +114,8 @@ def prune(
     notes = list(dict.fromkeys([*graph.notes, *done.notes]))
     if done.how == "graph":
         notes.insert(0, f"handed back as a rewritten graph, because the class could not follow: {done.why}")
+    if proof.all_zero:
+        notes.append("every output is 0 on these inputs (a zero-initialised last layer?), so the proof compared zeros")
     _kept_promise(targets, before, after)
     if after != plan.after:
         notes.append(f"the plan predicted {plan.after}, the cut model counts {after}: an op without a rule takes part")

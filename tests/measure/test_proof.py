@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from secateur import MACs, prune
 from secateur.errors import ProofError
 from secateur.measure.proof import prove, require
 from secateur.plan import Plan
@@ -69,3 +70,22 @@ def test_wrong_shape_and_nan_are_noticed(made):
     with torch.no_grad():
         broken[4].bias[0] = float("nan")
     assert not prove(model, graph, keep, broken).passed
+
+
+def test_a_proof_that_compared_zeros_says_so():
+    class Silent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)
+            torch.nn.init.zeros_(self.last.weight)
+            torch.nn.init.zeros_(self.last.bias)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu())
+
+    x = torch.ones(2, 6)
+    result = prune(Silent(), (x,), MACs(at_most="50%"))
+    assert result.proof.all_zero and any("compared zeros" in note for note in result.notes)
+    with torch.no_grad():
+        result.dense.last.bias.fill_(1.0)
+    assert not prune(result.dense, (x,), MACs(at_most="50%")).proof.all_zero
