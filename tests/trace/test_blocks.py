@@ -125,3 +125,23 @@ def test_an_ignored_block_stays(net):
     low = {n: torch.zeros(1, dtype=torch.float64) for n in graph.blocks}
     made = plan(graph, {**scores, **low}, MACs(at_most="90%"))
     assert not bool(made.keep["b.last:block"].all())
+
+
+class WritingIntoAView(Leaky):
+    """The branch zeroes two channels of the stream before it reads them: without it the stream would be another."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        x[:, :2].mul_(0.0)
+        y = self.conv(x)
+        return x + y
+
+
+def test_a_branch_that_writes_into_a_view_of_the_stream():
+    model = WritingIntoAView().eval()
+    graph = trace(model, (X,))
+    for name in graph.blocks:
+        with torch.no_grad():
+            done, stream = cut(model, graph, without(graph, name)).model(X), model.stem(X)
+            stream[:, :2] = 0.0
+            torch.testing.assert_close(done, stream)

@@ -66,10 +66,25 @@ def _branch(stream: fx.Node, branch: fx.Node, join: fx.Node, place: Mapping[fx.N
             todo += node.all_input_nodes
     if not reached or any(user is not join and user not in nodes for n in nodes for user in n.users):
         return set()
-    writes = (n for n in nodes if getattr(n.target, "_schema", None) is not None and n.target._schema.is_mutable)
-    if any(n.args and isinstance(n.args[0], fx.Node) and n.args[0] not in nodes for n in writes):
-        return set()  # the branch changes the stream in place
+    if any(_writes_outside(n, nodes) for n in nodes):
+        return set()  # the branch changes the stream, or a view of it, in place
     return nodes
+
+
+def _writes_outside(node: fx.Node, nodes: set[fx.Node]) -> bool:
+    """Whether an op writes into memory that was there before the branch."""
+    for argument, value in _aliased(node):
+        while argument.alias_info.is_write and isinstance(value, fx.Node):
+            if value not in nodes:
+                return True
+            value = next((v for _, v in _aliased(value)), None)  # what it is a view of
+    return False
+
+
+def _aliased(node: fx.Node) -> list:
+    schema = getattr(node.target, "_schema", None)
+    pairs = zip(schema.arguments, node.args, strict=False) if schema is not None else ()
+    return [(a, v) for a, v in pairs if a.alias_info is not None]
 
 
 def _own_tensors(capture: Capture, nodes: set[fx.Node]) -> tuple[str, ...]:
@@ -83,20 +98,28 @@ def bypassed(blocks: Iterable[Block]) -> dict[fx.Node, fx.Node]:
 
 
 def live(graph: fx.Graph, bypass: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
-    """Nodes that the outputs still depend on when every `join` of `bypass` is replaced by its `stream`."""
+    """Nodes that the outputs still depend on when every `join` of `bypass` is replaced by its `stream`: what they are
+    computed from, and what writes in place into any of that, be it through views."""
+    written = {n: _roots(n) for n in graph.nodes if any(a.alias_info.is_write for a, _ in _aliased(n))}
     seen: set[fx.Node] = set()
     todo = [n for n in graph.nodes if n.op == "output"]
     while todo:
         node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        todo += [bypass[node]] if node in bypass else node.all_input_nodes
-        todo += [u for u in node.users if _writes_into(u, node)]
+        if node not in seen:
+            seen.add(node)
+            todo += [bypass[node]] if node in bypass else node.all_input_nodes
+        if not todo:
+            todo = [n for n, roots in written.items() if n not in seen and roots & seen]
     return seen
 
 
-def _writes_into(user: fx.Node, node: fx.Node) -> bool:
-    """In-place ops count for whoever reads the tensor later, also where nobody reads the op's own result."""
-    schema = getattr(user.target, "_schema", None)
-    return schema is not None and schema.is_mutable and bool(user.args) and user.args[0] is node and not user.users
+def _roots(node: fx.Node) -> set[fx.Node]:
+    """What an op may share memory with: its aliased arguments, what those are views of, and so on."""
+    found: set[fx.Node] = set()
+    todo = [v for _, v in _aliased(node)]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, fx.Node) and value not in found:
+            found.add(value)
+            todo += [v for _, v in _aliased(value)]
+    return found
