@@ -72,7 +72,8 @@ def elimination_order(scores: Mapping[str, torch.Tensor], allocation: str, block
     """
     if allocation not in ALLOCATIONS:
         raise InputError(f"unknown allocation {allocation!r}.\n  There are: {', '.join(ALLOCATIONS)}.")
-    last, keys, groups, units = ([np.zeros(0)] for _ in range(4))
+    last: list[np.ndarray] = [np.zeros(0)]
+    keys, groups, units = list(last), list(last), list(last)
     for g, (name, score) in enumerate(scores.items()):
         value = score.numpy().astype(np.float64)
         if np.isnan(value).any():
