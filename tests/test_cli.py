@@ -118,6 +118,31 @@ def test_float16_models_work(run, tmp_path):
 
 
 # ---------------------------------------------------------------- inspect, measure, demo
+def test_depth_removes_whole_blocks_and_the_folder_comes_back(run, tmp_path):
+    spec = tmp_path / "deep.py"
+    spec.write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.up, self.a, self.b, self.head = (torch.nn.Linear(i, o) for i, o in ((4, 8), (8, 8), (8, 8), (8, 2)))\n"
+        "        with torch.no_grad():\n"
+        "            self.a.weight.mul_(0.01)\n"
+        "    def forward(self, x):\n"
+        "        x = self.up(x)\n"
+        "        x = x + self.a(x).relu()\n"
+        "        return self.head(x + self.b(x).relu())\n"
+    )
+    options = (f"{spec}:Net", "--input", "3x4", "--at-most", "macs=65%", "-o", tmp_path / "out")
+    assert "a:block" not in run("prune", *options, "--json")
+    said = json.loads(run("prune", *options, "--depth", "--json"))
+    assert [(row["units_before"], row["units_after"]) for row in said["groups"] if row["name"] == "a:block"] == [(1, 0)]
+    assert said["how"] == "graph" and said["proof"]["passed"]
+    model = sc.load(tmp_path / "out")
+    assert not [name for name in model.state_dict() if name.startswith("a.")]
+    assert "a:block, b:block" in run("inspect", f"{spec}:Net", "--input", "3x4")
+
+
 def test_inspect_names_groups_frozen_axes_and_costs(run):
     text = run("inspect", NET, "--input", "1x1x8x8")
     for word in ("a:out", "why it stays", "the model's output", "MACs (batch of 1)", "units"):

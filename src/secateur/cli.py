@@ -54,6 +54,7 @@ def prune(  # noqa: PLR0913  # a command's parameters are its options
     score: Annotated[str, typer.Option(help="l1, l2, bn_scale or random.")] = "l2",
     allocation: Annotated[str, typer.Option(help="global or uniform.")] = "global",
     ignore: Ignore = None,
+    depth: Annotated[bool, typer.Option("--depth", help="Whole residual blocks may go too.")] = False,
     seed: Seed = 0,
     weights: Weights = None,
     inputs: Inputs = None,
@@ -67,7 +68,7 @@ def prune(  # noqa: PLR0913  # a command's parameters are its options
         say("load")
         loaded = load_model(model, weights, seed=seed)
         example = job.example_inputs(loaded, held, given)
-        options = job.Options(score, allocation, tuple(ignore or ()), seed)
+        options = job.Options(score, allocation, tuple(ignore or ()), seed, depth)
         done = job.run(loaded, example, targets, options, data=held, out=out, progress=say)
     if as_json:
         _print(done.to_json())
@@ -97,7 +98,7 @@ def inspect(  # noqa: PLR0913  # as above
     rows = batch_of(args, kwargs)
     facts = {
         "model": model, "batch": rows, "cost": asdict(graph.cost()), "groups": graph.describe(),
-        "frozen": [asdict(frozen) for frozen in graph.frozen], "notes": list(graph.notes),
+        "blocks": list(graph.blocks), "frozen": [asdict(frozen) for frozen in graph.frozen], "notes": list(graph.notes),
     }  # fmt: skip
     if as_json:
         _print(facts)

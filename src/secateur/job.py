@@ -30,6 +30,7 @@ class Options:
     allocation: str = "global"
     ignore: Sequence[str] = ()
     seed: int = 0
+    depth: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,9 @@ def group_rows(result: Result) -> list[dict[str, Any]]:
     rows = []
     for name in plan.removed:
         alone = graph.cost({name: plan.keep[name]})
-        group = graph.groups[name]
+        kind = graph.groups[name].kind if name in graph.groups else "block"
         rows.append({
-            "name": name, "kind": group.kind, "units_before": group.size, "units_after": int(plan.keep[name].sum()),
+            "name": name, "kind": kind, "units_before": len(plan.keep[name]), "units_after": int(plan.keep[name].sum()),
             "macs_saved": dense.macs - alone.macs, "params_saved": dense.params - alone.params,
         })  # fmt: skip
     return rows

@@ -165,6 +165,9 @@ def inspection(name: str, graph: Graph, rows: int) -> None:
     if len(found) > MOST_ROWS:
         table.caption = f"and {len(found) - MOST_ROWS} more (--json lists all)"
     console.print(table)
+    if graph.blocks:
+        shown = ", ".join(list(graph.blocks)[:4]) + (" ..." if len(graph.blocks) > 4 else "")
+        console.print(f"{len(graph.blocks)} residual blocks can go as a whole with --depth: {shown}", markup=False)
     if graph.frozen:
         console.print(_frozen(graph))
     console.print(costs({"dense": graph.cost()}, rows))

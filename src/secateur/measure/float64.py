@@ -32,9 +32,10 @@ class InFloat64(TorchDispatchMode):
 
         args, kwargs = tree_map(widen, (args, kwargs or {}))
         schema = func._schema.name
-        if schema in _FACTORIES and kwargs.get("dtype") is None:
+        if kwargs.get("dtype") is None and (schema in _FACTORIES or (schema in _FILLED and any(isinstance(a, float) for a in args))):
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 
 
-_FACTORIES = frozenset(f"aten::{n}" for n in ("zeros", "ones", "empty", "rand", "randn", "linspace"))
+_FACTORIES = frozenset(f"aten::{n}" for n in ("zeros", "ones", "empty", "rand", "randn", "linspace", "logspace", "eye", "hann_window"))
+_FILLED = frozenset(("aten::full", "aten::arange", "aten::scalar_tensor"))  # of floating point where a number given is

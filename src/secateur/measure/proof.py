@@ -62,16 +62,26 @@ def prove(
         keep: the plan's masks.
         cut_model: what came out of the cut. Unchanged.
         inputs: (args, kwargs); by default the example inputs of the trace. Shapes must be those of the trace.
+
+    Raises:
+        ProofError: one of the two cannot run in float64, so nothing can be compared.
     """
     args, kwargs = inputs if inputs is not None else graph.capture.program.example_inputs
     args, kwargs = double((tuple(args), dict(kwargs)))
     named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     state = {**double(dict(graph.capture.values)), **double(named)}
     other = copy.deepcopy(cut_model).cpu().double()
-    with torch.no_grad():
-        wanted = masked_outputs(graph, keep, state, *double((args, kwargs)))  # each its own: a forward may write into them
-        with at_rest(other), InFloat64():
-            got = tree_flatten(other(*args, **kwargs))[0]
+    try:
+        with torch.no_grad():
+            wanted = masked_outputs(graph, keep, state, *double((args, kwargs)))  # each its own: a forward may write into them
+            with at_rest(other), InFloat64():
+                got = tree_flatten(other(*args, **kwargs))[0]
+    except Exception as error:  # a forward may raise anything
+        raise ProofError(
+            f"{type(model).__name__} does not run in float64, in which every cut is proven: {type(error).__name__}: "
+            f"{(str(error).strip().splitlines() or ['?'])[0][:200]}.\n  Nothing is returned and the model is unchanged. "
+            "Look in forward() for tensors made in a fixed dtype; x.dtype in its place lets the proof run."
+        ) from error
     errors = tuple(_error(a, b) for a, b in zip(got, wanted, strict=True) if isinstance(b, torch.Tensor))
     blind = all(not bool(b.any()) for b in wanted if isinstance(b, torch.Tensor))
     return Proof(max(errors, default=0.0), TOLERANCE, errors, blind)
