@@ -233,21 +233,6 @@ def test_odd_ways_to_make_a_layer(name):
     assert {n: p.requires_grad for n, p in result.model.named_parameters()} == {n: p.requires_grad for n, p in model.named_parameters()}
 
 
-def test_a_complex_network():
-    class Complex(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 8, dtype=torch.complex64), nn.Linear(8, 3, dtype=torch.complex64)
-
-        def forward(self, x):
-            return self.b(self.a(x.to(torch.complex64))).abs()
-
-    model = Complex()
-    result = pruned(model)
-    h = model.a(X.to(torch.complex64))[:, kept(result, "a.weight", 0)]
-    torch.testing.assert_close(result.model(X), F.linear(h, model.b.weight[:, kept(result, "b.weight", 1)], model.b.bias).abs())
-
-
 # ---------------------------------------------------------------- refused, and nothing changed
 def raising():
     yield torch.randn(4, 6)
