@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -177,14 +178,25 @@ def patterns(ignore: Sequence[str] | str | None) -> tuple[str, ...]:
 
 def analyse(captured: Capture, model: nn.Module, ignore: Sequence[str] = (), for_class: bool = False) -> Graph:
     """The axes of a captured model (`trace` without the export)."""
-    tracer = Tracer(captured)
+    with _no_collection():
+        return _analysed(captured, model, ignore, for_class)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A garbage collection started by the many small objects here would walk everything the export left behind."""
     collecting = gc.isenabled()
-    gc.disable()  # a collection started by these small objects would walk everything the export left behind
+    gc.disable()
     try:
-        tracer.run()
+        yield
     finally:
         if collecting:
             gc.enable()
+
+
+def _analysed(captured: Capture, model: nn.Module, ignore: Sequence[str], for_class: bool) -> Graph:
+    tracer = Tracer(captured)
+    tracer.run()
     tensors: dict[str, Dims] = {}
     for node in captured.graph.nodes:
         if node.op == "placeholder" and node.name in captured.tensors:
