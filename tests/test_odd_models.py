@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import secateur as sc
-from secateur.errors import DataError, InputError, SecateurError
+from secateur.errors import DataError, InputError, ModelError, SecateurError
 
 HALF = sc.MACs(at_most="60%")
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
@@ -303,3 +303,11 @@ def test_a_forward_with_a_fixed_dtype_cannot_be_proven():
 def test_measure_refuses_what_cannot_be_timed(given):
     with pytest.raises(InputError, match="spread needs 2 rounds"):
         sc.measure(Two(), (X,), **given)
+
+
+def test_torchscript_and_nan_inputs_are_named():
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    with pytest.raises(ModelError, match="TorchScript"):
+        sc.prune(torch.jit.trace(net, torch.ones(2, 6)), (torch.ones(2, 6),), sc.MACs(at_most="50%"))
+    with pytest.raises(InputError, match="holds NaN"):
+        sc.prune(net, (torch.full((2, 6), float("nan")),), sc.MACs(at_most="50%"))

@@ -124,8 +124,8 @@ def prune(
 
 def _is_random(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
     with at_rest(model):
-        a, b = (tree_leaves(model(*args, **kwargs)) for _ in range(2))
-    return not all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if isinstance(x, torch.Tensor))
+        a, b = (tree_leaves(forward(model, args, kwargs)) for _ in range(2))
+    return not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True) if isinstance(x, torch.Tensor))
 
 
 def _kept_promise(targets: Sequence[Target], before: Cost, after: Cost) -> None:
@@ -203,6 +203,8 @@ def check(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module.\n  Pass the module itself.")
     if not isinstance(args, (tuple, list)):
         raise InputError(f"args is a {type(args).__name__}; it holds the positional inputs.\n  Pass a tuple: prune(model, (x,), ...).")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(f"{type(model).__name__} is TorchScript, which torch.export does not capture.\n  Pass the Python module it was made from.")
     parameters = dict(model.named_parameters())
     if not parameters:
         raise ModelError(f"{type(model).__name__} has no parameters, so there is nothing to prune.")
@@ -219,8 +221,12 @@ def check(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
             raise ModelError(f"buffer {name!r} holds {int(torch.isnan(b).sum())} values of {b.numel()} that are NaN.\n  Load sound weights first.")
     device = next(iter(parameters.values())).device
     for leaf in tree_leaves((tuple(args), dict(kwargs))):
-        if isinstance(leaf, torch.Tensor) and leaf.device != device:
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        if leaf.device != device:
             raise InputError(f"an input of {shapes(tuple(args), kwargs)} is on {leaf.device}, the model on {device}.\n  Move one to the other.")
+        if leaf.is_floating_point() and bool(torch.isnan(leaf).any()):
+            raise InputError(f"an input of {shapes(tuple(args), kwargs)} holds NaN.\n  Pass sound example inputs; the proof runs on them.")
     with at_rest(model):
         forward(model, tuple(args), kwargs)
 

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_COMPLEX = (torch.complex64, torch.complex32)
 
 
 def double(value: Any) -> Any:
     """Copies of all tensors in a nested value on the CPU, the floating ones in float64."""
 
     def one(v: Any) -> Any:
-        if isinstance(v, torch.Tensor):
-            v = v.detach()
-            return v.to("cpu", torch.float64 if v.is_floating_point() else v.dtype, copy=True)
-        return v
+        return v.detach().to("cpu", _wide(v.dtype), copy=True) if isinstance(v, torch.Tensor) else v
 
     return tree_map(one, value)
+
+
+def doubled(model: nn.Module) -> nn.Module:
+    """A copy of a module on the CPU in float64 (complex128)."""
+    return copy.deepcopy(model)._apply(lambda t: t.to("cpu", _wide(t.dtype)))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype in _NARROW else torch.complex128 if dtype in _COMPLEX else dtype
 
 
 class InFloat64(TorchDispatchMode):
@@ -28,7 +37,7 @@ class InFloat64(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def widen(v: Any) -> Any:
-            return torch.float64 if isinstance(v, torch.dtype) and v in _NARROW else v
+            return _wide(v) if isinstance(v, torch.dtype) else v
 
         args, kwargs = tree_map(widen, (args, kwargs or {}))
         schema = func._schema.name

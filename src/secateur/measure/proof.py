@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from secateur.errors import ProofError
-from secateur.measure.float64 import InFloat64, double
+from secateur.measure.float64 import InFloat64, double, doubled
 from secateur.measure.masked import MaskedOriginal
 from secateur.measure.run import at_rest
 from secateur.trace import Graph
@@ -70,7 +69,7 @@ def prove(
     args, kwargs = double((tuple(args), dict(kwargs)))
     named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     state = {**double(dict(graph.capture.values)), **double(named)}
-    other = copy.deepcopy(cut_model).cpu().double()
+    other = doubled(cut_model)
     try:
         with torch.no_grad():
             wanted = masked_outputs(graph, keep, state, *double((args, kwargs)))  # each its own: a forward may write into them

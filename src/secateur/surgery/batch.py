@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from secateur.axes import BATCH, Dim, axes_of, resolve
-from secateur.measure.run import at_rest
+from secateur.measure.run import at_rest, untouched
 from secateur.trace import Graph
 from secateur.trace.call import Call
 
@@ -103,7 +103,7 @@ def batch_is_free(model: fx.GraphModule, fixed: nn.Module, args: tuple, kwargs: 
         return torch.cat([t, t[:1]]) if isinstance(t, torch.Tensor) and t.dim() and t.shape[0] == size else t
 
     try:
-        with at_rest(model), at_rest(fixed):
+        with at_rest(model), at_rest(fixed), untouched(args, kwargs):
             if any(getattr(getattr(n.target, "_schema", None), "name", "") in _RECURRENT for n in model.graph.nodes):
                 _SameBatch(model).run(*tree_leaves(tree_map(longer, (args, dict(kwargs)))), enable_io_processing=False)
             more = tree_leaves(model(*tree_map(longer, args), **tree_map(longer, dict(kwargs))))

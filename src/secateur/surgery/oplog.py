@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from secateur.measure.float64 import InFloat64, double
-from secateur.measure.run import at_rest
+from secateur.measure.float64 import InFloat64, double, doubled
+from secateur.measure.run import at_rest, untouched
 
 # Ops that carry the arithmetic of a network. Views, casts, masks and factories are left out: Python may reach the
 # same numbers through other views than the captured graph does.
@@ -40,7 +39,7 @@ class OpLog(TorchDispatchMode):
 
 def op_log(model: torch.nn.Module, args: tuple, kwargs: dict) -> list[Row]:
     """The op log of one forward in evaluation mode. It really runs: that is quicker than pushing shapes through."""
-    with at_rest(model), OpLog() as log:
+    with at_rest(model), untouched(args, kwargs), OpLog() as log:
         model(*args, **kwargs)
     return log.rows
 
@@ -49,7 +48,7 @@ def outputs_in_float64(model: torch.nn.Module, args: tuple, kwargs: dict) -> Any
     """Outputs of a copy on the CPU in float64, in which two ways to compute one thing agree to 1e-9; a meta model as
     it is."""
     if not any(p.device.type == "meta" for p in model.parameters()):
-        model, args, kwargs = copy.deepcopy(model).cpu().double(), double(args), double(kwargs)
+        model, args, kwargs = doubled(model), double(args), double(kwargs)
     with at_rest(model), InFloat64():
         return model(*args, **kwargs)
 

@@ -60,7 +60,7 @@ def parts(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None
     calls: dict[str, tuple[tuple, dict]] = {}
     hooks = []
     for name, module in model.named_modules():
-        if name and any(True for _ in module.parameters()):
+        if name and not isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.parameters()):
             hooks.append(module.register_forward_pre_hook(_recorder(name, calls), with_kwargs=True))
     try:
         with evaluating(model), torch.no_grad():

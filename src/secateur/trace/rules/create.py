@@ -16,7 +16,7 @@ def positional(t, c: Call) -> Value:
 
 
 UNIFORM = "zeros ones full empty rand randn new_zeros new_ones new_full new_empty scalar_tensor scalar_tensor_"
-POSITIONAL = "arange linspace logspace eye tril_indices triu_indices hann_window randperm randint histc _tensor_constant"
+POSITIONAL = "arange linspace logspace eye tril_indices triu_indices hann_window randperm randint _tensor_constant"
 
 RULES = {
     **dict.fromkeys(UNIFORM.split(), uniform),
