@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,17 +11,17 @@ import torch
 
 
 @contextmanager
-def exports() -> Iterator[list[float]]:
+def exports(clock: Callable[[], float] = time.perf_counter) -> Iterator[list[float]]:
     """A list that receives the seconds of every `torch.export.export` made inside the block, in order."""
     seconds: list[float] = []
     original = torch.export.export
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = clock()
         try:
             return original(*args, **kwargs)
         finally:
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
 
     torch.export.export = timed  # type: ignore[assignment]
     try:
@@ -31,18 +31,20 @@ def exports() -> Iterator[list[float]]:
 
 
 @contextmanager
-def stages(module: Any, names: tuple[str, ...]) -> Iterator[dict[str, float]]:
+def stages(
+    module: Any, names: tuple[str, ...], clock: Callable[[], float] = time.perf_counter
+) -> Iterator[dict[str, float]]:
     """Seconds spent in each of the functions `names` of `module` inside the block."""
     seconds = dict.fromkeys(names, 0.0)
     originals = {name: getattr(module, name) for name in names}
 
     def timer(name: str) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = clock()
             try:
                 return originals[name](*args, **kwargs)
             finally:
-                seconds[name] += time.perf_counter() - start
+                seconds[name] += clock() - start
 
         return timed
 
