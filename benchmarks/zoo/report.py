@@ -38,6 +38,7 @@ def tally(kinds: dict[str, str], ours: Rows, theirs: Rows) -> dict[str, dict[str
             "stop_short": a.get("ok") and not a.get("reached"),
             "attributes": a.get("ok") and a.get("how") == "attributes",
             "torch_pruning": b.get("ok"),
+            "torch_pruning_tried": bool(b),
         }
         for key in (kind, "all"):
             out.setdefault(key, Counter()).update({fact: int(bool(value)) for fact, value in facts.items()})
@@ -90,10 +91,10 @@ def markdown(kinds: dict[str, str], ours: Rows, theirs: Rows, counts: dict[str, 
         "",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".",
         "",
-        "| kind | models | captured | proven | reach 50 % | stop short | as attributes | Torch-Pruning ok |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| kind | models | captured | proven | reach 50 % | stop short | as attributes | Torch-Pruning ok | of those tried |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    facts = ("models", "captured", "proven", "at_half", "stop_short", "attributes", "torch_pruning")
+    facts = ("models", "captured", "proven", "at_half", "stop_short", "attributes", "torch_pruning", "torch_pruning_tried")
     head += [f"| {kind} | " + " | ".join(str(c.get(f, 0)) for f in facts) + " |" for kind, c in counts.items()]
     head += [
         "",
