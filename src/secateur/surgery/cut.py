@@ -25,7 +25,8 @@ from secateur.trace.capture import capture
 
 TRAINING = (
     "a rewritten graph was captured in eval mode and from inputs of one size: in training its dropout stays off and its BatchNorm "
-    "statistics stay fixed, and branches of forward() that depend on sizes are those of the example inputs"
+    "statistics stay fixed, branches of forward() that depend on sizes are those of the example inputs, and what ran under "
+    "no_grad or autocast runs as plain ops"
 )
 SAME = 1e-9  # relative, in float64: the cut module and the predicted graph are the same function
 

@@ -15,7 +15,7 @@ def positional(t, c: Call) -> Value:
     return c.constants("values depend on the position")
 
 
-UNIFORM = "zeros ones full empty rand randn new_zeros new_ones new_full new_empty scalar_tensor scalar_tensor_"
+UNIFORM = "zeros ones full empty rand randn new_zeros new_ones new_full new_empty scalar_tensor"
 POSITIONAL = "arange linspace logspace eye tril_indices triu_indices hann_window randperm randint _tensor_constant"
 
 RULES = {

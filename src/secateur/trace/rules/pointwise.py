@@ -15,7 +15,7 @@ logical_or logical_xor logit lt masked_fill maximum minimum mish mul multiply na
 positive pow reciprocal relu relu6 remainder round rrelu rsqrt rsub selu sgn sigmoid sign silu sin sinh softplus
 softshrink special_expit special_erf sqrt square sub subtract tan tanh tanhshrink threshold to _to_copy true_divide
 trunc type_as where xlogy zero bernoulli empty_like full_like ones_like rand_like randn_like zeros_like
-requires_grad _assert_tensor_metadata zeros_like resolve_conj resolve_neg __and__ __or__ __xor__ __lshift__
+requires_grad _assert_tensor_metadata resolve_conj resolve_neg __and__ __or__ __xor__ __lshift__
 __rshift__ sigmoid_ cpu float double half bfloat16 int long bool
 """.split()
 
