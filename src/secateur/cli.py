@@ -113,6 +113,7 @@ def measure(  # noqa: PLR0913  # as above
     data: Source = None,
     threads: Annotated[int, typer.Option(help="Threads of the timed runs.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed runs.")] = 20,
+    runtime: Annotated[str, typer.Option(help="What the latency is taken on: torch, torch.compile, onnxruntime or openvino.")] = "torch",
     weights: Weights = None,
     inputs: Inputs = None,
     as_json: Json = False,
@@ -125,7 +126,7 @@ def measure(  # noqa: PLR0913  # as above
         loaded = load_model(model, weights, factory=factory)
         args, kwargs = job.example_inputs(loaded, held, given)
         say("measure")
-        found = measured(loaded.model, args, kwargs, threads=threads, rounds=rounds)
+        found = measured(loaded.model, args, kwargs, threads=threads, rounds=rounds, runtime=runtime)
     if as_json:
         _print({"model": model, **found.to_json()})
     else:

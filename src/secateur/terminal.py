@@ -199,5 +199,5 @@ def measurement(name: str, found: Measurement) -> None:
         timed = found.seconds
         table.add_row("latency, median", seconds(timed.median))
         table.add_row("latency, interquartile range", seconds(timed.spread))
-        table.caption = f"{timed.rounds} rounds, {timed.threads} threads, {found.device}, {found.dtype}"
+        table.caption = f"{found.runtime}, {timed.rounds} rounds, {timed.threads} threads, {found.device}, {found.dtype}"
     out().print(table)

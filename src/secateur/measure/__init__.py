@@ -12,11 +12,12 @@ from secateur.measure.count import count, count_bytes, count_params
 from secateur.measure.latency import Comparison, Latency, compare, latency
 from secateur.measure.memory import peak_bytes
 from secateur.measure.run import at_rest, batch_of, inputs_on
+from secateur.measure.runtimes import RUNTIMES, check, prepared
 from secateur.plan import Cost
 
 __all__ = [
-    "Comparison", "Latency", "Measurement", "at_rest", "compare", "count", "count_bytes", "count_params", "latency",
-    "measure", "peak_bytes",
+    "RUNTIMES", "Comparison", "Latency", "Measurement", "at_rest", "compare", "count", "count_bytes", "count_params", "latency",
+    "measure", "peak_bytes", "prepared",
 ]  # fmt: skip
 
 
@@ -30,6 +31,7 @@ class Measurement:
     batch: int
     device: str
     dtype: str
+    runtime: str = "torch"
 
     def to_json(self) -> dict[str, Any]:
         """One flat dictionary of numbers and strings, ready for ``json.dumps``."""
@@ -46,6 +48,7 @@ class Measurement:
             "batch": self.batch,
             "device": self.device,
             "dtype": self.dtype,
+            "runtime": self.runtime,
         }
 
 
@@ -56,12 +59,21 @@ def measure(
     *,
     threads: int = 1,
     rounds: int = 20,
+    runtime: str = "torch",
+    dtype: str | None = None,
 ) -> Measurement:
     """MACs, parameters, bytes, peak memory and latency of one forward in evaluation mode.
 
-    ``args`` is a tuple of positional inputs, as for ``torch.export``. The model is left as it was.
-    Raises InputError if it cannot run on these inputs.
+    ``args`` is a tuple of positional inputs, as for ``torch.export``. The model is left as it was. ``runtime`` is what
+    the seconds belong to: "torch", "torch.compile", "onnxruntime" or "openvino" (the last two from an ONNX export whose
+    outputs are compared with torch's); ``dtype`` what they are taken in: "float32", "bfloat16" (torch only), None the
+    model's own. Everything else is torch's.
+
+    Raises:
+        InputError: the model cannot run on these inputs; an unknown runtime or dtype.
+        ModelError: the runtime is not installed, or cannot run this model.
     """
+    check(runtime, threads, dtype)
     args, kwargs = inputs_on(model, args, kwargs)
     cost = count(model, args, kwargs)
     peak = peak_bytes(model, args, kwargs)
@@ -70,8 +82,9 @@ def measure(
     return Measurement(
         cost=cost,
         peak_bytes=peak,
-        seconds=None if on_meta else latency(model, args, kwargs, rounds=rounds, threads=threads),
+        seconds=None if on_meta else latency(model, args, kwargs, rounds=rounds, threads=threads, runtime=runtime, dtype=dtype),
         batch=batch_of(args, kwargs),
         device=str(first.device) if first is not None else "cpu",
-        dtype=str(first.dtype).removeprefix("torch.") if first is not None else "none",
+        dtype=dtype or (str(first.dtype).removeprefix("torch.") if first is not None else "none"),
+        runtime=runtime,
     )

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from secateur.errors import InputError
-from secateur.measure.run import at_rest, batch_of, forward, inputs_on, untouched
+from secateur.measure.run import batch_of, inputs_on
+from secateur.measure.runtimes import MOST_THREADS, prepared
 
-MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many as it is told to
 _SHORTEST = 2e-3  # seconds: a quicker function is called several times per sample, or the clock's noise is measured
 
 
@@ -58,22 +58,18 @@ def latency(
     *,
     rounds: int = 20,
     threads: int = 1,
+    runtime: str = "torch",
+    dtype: str | None = None,
 ) -> Latency:
-    """Seconds of one forward in evaluation mode without gradients, after a warm-up.
+    """Seconds of one forward in evaluation mode without gradients, after a warm-up, on one of `RUNTIMES`.
 
-    Raises InputError if the model cannot run on these inputs or is on the meta device.
+    Raises:
+        InputError: the model cannot run on these inputs or is on the meta device; an unknown runtime.
+        ModelError: the runtime is not installed, or cannot run this model.
     """
     args, kwargs = inputs_on(model, args, kwargs)
-    if any(tensor.device.type == "meta" for tensor in model.parameters()):
-        raise InputError(
-            "The model is on the meta device, where nothing is computed and nothing takes time.\n"
-            "  Load its weights, or ask for count() and peak_bytes() only."
-        )
-    with at_rest(model), untouched(args, kwargs):
-        forward(model, args, kwargs)
-        timed = compare(
-            {"forward": lambda: model(*args, **kwargs)}, rounds=rounds, threads=threads, batch=batch_of(args, kwargs)
-        )
+    with prepared(model, args, kwargs, runtime=runtime, threads=threads, dtype=dtype) as call:
+        timed = compare({"forward": call}, rounds=rounds, threads=threads, batch=batch_of(args, kwargs))
     return timed.seconds["forward"]
 
 
