@@ -1,0 +1,112 @@
+"""How much error each group costs at every count of its units, from one pass over the dense network.
+
+For every layer that reads a group the moments of its input are collected once; the group's units are then eliminated
+one after the other from all of its readers together (`secateur.repair.solve.eliminate`). The error of a reader is counted
+relative to the variance of what it feeds: the value at the next addition, or its own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from secateur.budget.curves import Curve
+from secateur.calibrate.moments import Moments
+from secateur.repair.fit import Affine, folded
+from secateur.repair.flow import Flow, Runner, sources
+from secateur.repair.layers import Layer, features_of, find_layers, norm_names
+from secateur.repair.solve import RIDGE, Problem, eliminate, solve
+from secateur.repair.target import find_target
+from secateur.trace import Graph
+from secateur.trace.call import bind
+
+MOST = 4 * 10**8  # entries of moment matrices held at once for groups with several readers
+
+
+@dataclass
+class Reader:
+    """A layer that reads units, what it computes, and the moments of its input."""
+
+    layer: Layer
+    map: Affine
+    norm: dict[str, str] | None
+    eps: float
+    a: Tensor
+    mean: Tensor
+    scale: float
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+    def stitched(self, kept: Tensor) -> Affine:
+        """The layer's best weights when only the features `kept` stay, fitted to its own dense output."""
+        s = torch.nonzero(kept)[:, 0]
+        w = self.map.w[0]
+        new = torch.zeros_like(w)
+        new[:, s] = solve(self.a[s][:, s], (self.a[s] @ w.mT), w[:, s].mT.contiguous(), RIDGE).mT
+        b = self.map.b + ((w - new) @ self.mean)[None] if self.norm or self.layer.bias else self.map.b
+        return Affine(new[None], b)
+
+
+def readers_of(graph: Graph) -> dict[str, list[Layer]]:
+    """The layers that contract each group; groups without any are left out."""
+    layers = [x for x in find_layers(graph) if x.groups == 1]
+    found = {name: [x for x in layers if features_of(graph, x, g) is not None] for name, g in graph.groups.items()}
+    return {name: some for name, some in found.items() if some}
+
+
+def collect(graph: Graph, dense: Mapping[str, Tensor], feeds, rows: int, progress: Callable[[str], None] | None = None) -> dict[fx.Node, Reader]:
+    """Moments of the input of every reader, by its node."""
+    wanted = {x.node: x for some in readers_of(graph).values() for x in some}
+    flow = Flow(Runner(graph, {}, dict(dense)), feeds, sources(graph.capture.graph))
+    flow.runner.zeroed_weights = {x.node for x in find_layers(graph)}
+    for x in wanted.values():
+        flow.hold(x.source)
+        flow.hold(find_target(x).join or x.end)
+    out = {}
+    for x in wanted.values():
+        if progress:
+            progress(x.name)
+        out[x.node] = _reader(graph, x, dense, flow, rows)
+        flow.release(x.source)
+        flow.release(find_target(x).join or x.end)
+    return out
+
+
+def _reader(graph: Graph, layer: Layer, dense: Mapping[str, Tensor], flow: Flow, rows: int) -> Reader:
+    names = norm_names(graph, layer.norm) if layer.norm else None
+    eps = float(bind(layer.norm)["eps"]) if layer.norm else 0.0
+    target = find_target(layer).join or layer.end
+    places, chunks = layer.places, len(flow.left)
+    m = None
+    variance = 0.0
+    random = torch.Generator().manual_seed(0)
+    for chunk in range(chunks):
+        x, t = flow.value(chunk, layer.source), flow.value(chunk, target)
+        take = min(places, max(1, -(-rows // (chunks * x.shape[0]))))
+        at = None if take == places else torch.randperm(places, generator=random)[:take].sort()[0]
+        x = layer.rows(x, at)
+        m = m or Moments(x.shape[0], x.shape[2], 0)
+        m.add(x, x[:, :, :0])
+        t = t.flatten(2).transpose(1, 2) if layer.window else t
+        variance += float(t.reshape(-1, t.shape[-1]).float().var(0, correction=0).sum())
+    assert m is not None
+    with_bias = bool(names or layer.bias)
+    a = (m.central() if with_bias else m.raw())[0][0]
+    return Reader(layer, folded(layer, dense, names, eps), names, eps, a, m.mean()[0][0], chunks / max(variance, 1e-12))
+
+
+def error_curves(graph: Graph, readers: Mapping[fx.Node, Reader]) -> dict[str, Curve]:
+    """One curve for every group that has readers: the order in which units go and the relative error after each."""
+    curves = {}
+    for name, some in readers_of(graph).items():
+        problems = []
+        for layer in some:
+            r = readers[layer.node]
+            columns = features_of(graph, layer, graph.groups[name])
+            assert columns is not None
+            problems.append(Problem(r.a, r.map.w[0].mT.contiguous(), columns, r.scale))
+        order, error = eliminate(problems)
+        curves[name] = Curve(order, torch.cat([torch.zeros(1, dtype=torch.float64), error]))
+    return curves

@@ -1,0 +1,168 @@
+"""Values of the nodes of a captured graph, chunk by chunk of the data, on demand, each computed once and dropped after
+its last use.
+
+Two flows run side by side in a repair: the dense network and the masked one, whose weights change while it runs. What is
+held is the frontier between what has been computed and what has not, not the activations of the whole network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten
+
+from secateur.errors import InputError
+from secateur.measure.masked import MaskedOriginal
+from secateur.trace import Graph
+from secateur.trace.call import op_name
+
+_PLAIN = ("linear", "conv1d", "conv2d", "conv3d", "addmm", "convolution")
+
+
+class Runner(MaskedOriginal):
+    """The masked original at working precision. Layers whose weights hold zeros where inputs went run as they are."""
+
+    def __init__(self, graph: Graph, keep: Mapping[str, Tensor], state: dict[str, Tensor]):
+        super().__init__(graph, keep, state)
+        self.zeroed_weights: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.zeroed_weights and n not in self.bypass:
+            return fx.Interpreter.run_node(self, n)
+        return super().run_node(n)
+
+
+def sources(graph: fx.Graph) -> dict[fx.Node, dict[fx.Node, fx.Node]]:
+    """For every node its inputs, each with the node whose value it really reads: an op in place hands its result to all
+    later readers of what it wrote to.
+
+    Raises:
+        InputError: an op writes through a view.
+    """
+    now: dict[fx.Node, fx.Node] = {}
+    views: set[fx.Node] = set()
+    found = {}
+    for node in graph.nodes:
+        found[node] = {a: now.get(a, a) for a in node.all_input_nodes}
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            continue
+        for spec, value in zip(schema.arguments, node.args, strict=False):
+            if spec.alias_info is None or not isinstance(value, fx.Node):
+                continue
+            if not spec.alias_info.is_write:
+                views |= {node, value}
+                continue
+            if value in views:
+                raise InputError(
+                    f"{op_name(node)} ({node.name}) writes in place into a view, so its value cannot be followed out of order.\n"
+                    "  Write it as an expression, or use repair='batch_norm'."
+                )
+            for reader, real in list(now.items()):
+                if real is now.get(value, value):
+                    now[reader] = node
+            now[value] = node
+    return found
+
+
+class Flow:
+    """`value(chunk, node)`: the value of a node for one chunk of the data. What is asked for is announced by `hold`."""
+
+    def __init__(self, runner: Runner, feeds: Sequence[tuple[tuple, Mapping]], reads: dict[fx.Node, dict[fx.Node, fx.Node]]):
+        self.runner = runner
+        self.reads = reads
+        self.values: list[dict[fx.Node, Any]] = []
+        self.left: list[dict[fx.Node, int]] = []
+        self.needed = _needed(runner, reads)
+        uses: dict[fx.Node, int] = {}
+        for node in self.needed:
+            for real in self._inputs(node).values():
+                uses[real] = uses.get(real, 0) + 1
+        self.uses = uses
+        for args, kwargs in feeds:
+            flat, _ = tree_flatten((tuple(args), dict(kwargs)))
+            feed = dict(zip((n for n in runner.traced.capture.graph.nodes if n.op == "placeholder"), runner.inputs(flat), strict=True))
+            tensors = runner.traced.capture.tensors
+            self.values.append({n: v for n, v in feed.items() if n.name not in tensors})
+            self.left.append(dict(uses))
+
+    def _inputs(self, node: fx.Node) -> dict[fx.Node, fx.Node]:
+        if node in self.runner.bypass:
+            stream = self.runner.bypass[node]
+            return {stream: self.reads[node].get(stream, stream)}
+        return self.reads[node]
+
+    def hold(self, node: fx.Node) -> None:
+        """The value will be asked for: it is not dropped before `release`."""
+        for left in self.left:
+            left[node] = left.get(node, 0) + 1
+
+    def release(self, node: fx.Node) -> None:
+        """The end of one `hold`."""
+        for chunk in range(len(self.left)):
+            self._used(chunk, node)
+
+    def _used(self, chunk: int, node: fx.Node) -> None:
+        left = self.left[chunk]
+        left[node] = left.get(node, 1) - 1
+        if left[node] <= 0:
+            self.values[chunk].pop(node, None)
+
+    def value(self, chunk: int, node: fx.Node) -> Any:
+        """The value of a node, computed now if it is not there."""
+        done = self.values[chunk]
+        todo = [node]
+        while todo:
+            n = todo[-1]
+            if n in done or self._constant(n):
+                todo.pop()
+                continue
+            waiting = [r for r in self._inputs(n).values() if r not in done and not self._constant(r)]
+            if waiting:
+                todo += waiting
+                continue
+            done[n] = self._run(chunk, n)
+            todo.pop()
+            for real in self._inputs(n).values():
+                if not self._constant(real):
+                    self._used(chunk, real)
+        return self._constant_value(node) if self._constant(node) else done[node]
+
+    def _constant(self, node: fx.Node) -> bool:
+        return node.op == "placeholder" and node.name in self.runner.traced.capture.tensors
+
+    def _constant_value(self, node: fx.Node) -> Tensor:
+        capture = self.runner.traced.capture
+        name = capture.tensors[node.name]
+        return self.runner.state[capture.aliases.get(name, name)]
+
+    def _run(self, chunk: int, node: fx.Node) -> Any:
+        done = self.values[chunk]
+        env = {a: self._constant_value(r) if self._constant(r) else done[r] for a, r in self._inputs(node).items()}
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and node not in self.runner.bypass:
+            for spec, value in zip(schema.arguments, node.args, strict=False):
+                if spec.alias_info is not None and spec.alias_info.is_write and isinstance(value, fx.Node):
+                    env[value] = env[value].clone()  # other readers of the old value may still come
+        self.runner.env = env
+        with torch.no_grad():
+            return self.runner.run_node(node)
+
+
+def _needed(runner: Runner, reads: dict[fx.Node, dict[fx.Node, fx.Node]]) -> list[fx.Node]:
+    """Nodes that the output depends on."""
+    seen: set[fx.Node] = set()
+    todo = [n for n in runner.traced.capture.graph.nodes if n.op == "output"]
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            if node in runner.bypass:
+                stream = runner.bypass[node]
+                todo.append(reads[node].get(stream, stream))
+            else:
+                todo += reads[node].values()
+    return [n for n in runner.traced.capture.graph.nodes if n in seen]

@@ -1,0 +1,255 @@
+"""Closed-form repair: every layer behind a cut is fitted anew, in the order in which layers run, without gradients.
+
+For a layer with input x^ in the pruned network and target t (see `secateur.repair.target`)
+
+    min over W, b of  E|t - W x^ - b|^2 + lambda |W - W0|^2
+
+so that each layer also corrects the error made before it (He et al. 2017, "Channel pruning"; Meng et al. 2024, "OSSCAR").
+A layer whose fit is no better than the plain cut on calibration rows held out of it keeps the plain cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from secateur.axes import axes_of, mask
+from secateur.calibrate.moments import Moments
+from secateur.measure.run import batch_of
+from secateur.repair.fit import Affine, LayerRepair, bias_only, folded, least_squares, written
+from secateur.repair.flow import Flow, Runner, sources
+from secateur.repair.layers import Layer, features_of, find_layers, norm_names
+from secateur.repair.solve import RIDGE, Problem, eliminate
+from secateur.repair.target import Target, find_target
+from secateur.trace import Graph
+from secateur.trace.call import bind, tensors_in
+
+Feeds = Sequence[tuple[tuple, Mapping]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to fit.
+
+    Attributes:
+        ridge: relative to the mean variance of a layer's inputs.
+        rows: of calibration per layer at most, as a multiple of its features (sampled positions); never under `least`.
+        held_out: every n-th chunk judges the fit.
+        everywhere: also layers none of whose inputs went, to correct what went wrong upstream.
+    """
+
+    ridge: float = RIDGE
+    rows: int = 400
+    least: int = 100_000
+    held_out: int = 8
+    everywhere: bool = True
+    seed: int = 0
+
+
+class Repair:
+    """Fits a masked network to the dense one. `state` ends as the repaired tensors, of the dense shapes: cutting them by
+    the same plan gives the repaired model.
+
+    Args:
+        graph: a trace at the batch size of the feeds.
+        keep: masks by group. dense: every tensor of the model by state name, left as it is.
+        feeds: calibration chunks as (args, kwargs), all of the shapes of the trace.
+        count: groups whose units are chosen here, by elimination on the moments of the pruned network: units that stay.
+            Only groups that `sole_readers` names.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        keep: Mapping[str, Tensor],
+        dense: Mapping[str, Tensor],
+        feeds: Feeds,
+        settings: Settings | None = None,
+        count: Mapping[str, int] | None = None,
+    ):
+        self.settings = settings or Settings()
+        self.graph, self.keep, self.count = graph, dict(keep), dict(count or {})
+        self.state = dict(dense)
+        self.layers = find_layers(graph)
+        self.chunks, self.samples = len(feeds), sum(batch_of(*f) for f in feeds)
+        reads = sources(graph.capture.graph)
+        self.dense = Flow(Runner(graph, {}, dict(dense)), feeds, reads)
+        self.pruned = Flow(Runner(graph, self.keep, self.state), feeds, reads)
+        for flow in (self.dense, self.pruned):
+            flow.runner.zeroed_weights = {x.node for x in self.layers}
+        self.upstream = _upstream(graph, reads, self.pruned.runner, {x.node for x in self.layers})
+        self.by_node = {x.node: x for x in self.layers}
+        self.targets = {x.node: find_target(x) for x in self.layers if not x.why_not}
+        self.affected = _affected(graph, reads, {**self.keep, **{n: torch.zeros(graph.groups[n].size) for n in self.count}})
+        self.done: set[fx.Node] = set()
+        self.busy: set[fx.Node] = set()
+        self.rows: list[LayerRepair] = []
+        for layer in self.layers:
+            self._zero_columns(layer)
+
+    def run(self, progress: Callable[[str], None] | None = None) -> list[LayerRepair]:
+        """Fit every layer; returns what became of each."""
+        for layer in self.layers:  # values that a fit will ask for must not be dropped before
+            for flow, node in self._asked(layer):
+                flow.hold(node)
+        for layer in self.layers:
+            if progress:
+                progress(layer.name)
+            self.fit(layer)
+        return self.rows
+
+    def _asked(self, layer: Layer) -> list[tuple[Flow, fx.Node]]:
+        if layer.why_not:
+            return []
+        t = self.targets[layer.node]
+        asked = [(self.dense, layer.end), (self.pruned, layer.source)]
+        return asked + ([(self.dense, t.join), (self.pruned, t.other)] if t.join is not None and t.other is not None else [])
+
+    def fit(self, layer: Layer) -> None:
+        """Fit one layer, and before it those that its target waits for."""
+        if layer.node in self.done or layer.node in self.busy:
+            return
+        self.busy.add(layer.node)
+        if not layer.why_not and self._wanted(layer):
+            for x in self.upstream[layer.source]:
+                self.fit(self.by_node[x])
+            target = self.targets[layer.node]
+            if target.other is not None:
+                if any(x in self.busy for x in self.upstream[target.other]):
+                    target = Target()  # the other branch is being fitted right now, and waits for this one
+                else:
+                    for x in self.upstream[target.other]:
+                        self.fit(self.by_node[x])
+            self._decide(layer, *self._moments(layer, target))
+        for flow, node in self._asked(layer):
+            flow.release(node)
+        self.busy.discard(layer.node)
+        self.done.add(layer.node)
+
+    def _wanted(self, layer: Layer) -> bool:
+        if not bool(self._inputs(layer).all()) or self._open(layer):
+            return True
+        return self.settings.everywhere and layer.source in self.affected
+
+    def _open(self, layer: Layer) -> dict[str, Tensor]:
+        """Groups that are decided here, with their columns."""
+        found = {}
+        for name in self.count:
+            if name not in self.keep and (columns := features_of(self.graph, layer, self.graph.groups[name])) is not None:
+                found[name] = columns
+        return found
+
+    # ------------------------------------------------------------ masks
+    def _masks(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Which stored inputs and outputs stay: (inputs of the weight,), (groups, outputs)."""
+        dims, by_axis = self.graph.tensors[layer.weight], self.graph.keep_axes(self.keep)
+        i, o = (0, 1) if layer.transposed else (1, 0)
+        inputs, outputs = (torch.from_numpy(mask(dims[d], by_axis).copy()) for d in (i, o))
+        return inputs, outputs.reshape(layer.groups, -1)
+
+    def _inputs(self, layer: Layer) -> Tensor:
+        inputs, _ = self._masks(layer)
+        return inputs.repeat_interleave(layer.kernel) if layer.window else inputs
+
+    def _zero_columns(self, layer: Layer) -> None:
+        inputs, _ = self._masks(layer)
+        if not bool(inputs.all()):
+            w = self.state[layer.weight].detach()
+            shape = [1] * w.dim()
+            shape[0 if layer.transposed else 1] = -1
+            self.state[layer.weight] = torch.where(inputs.view(shape), w, torch.zeros((), dtype=w.dtype))
+
+    # ------------------------------------------------------------ statistics
+    def _moments(self, layer: Layer, target: Target) -> tuple[Moments, Moments]:
+        """Moments of what the layer sees and should give, for the fit and held out."""
+        s, places = self.settings, layer.places
+        wanted = max(s.least, s.rows * layer.features(self.state[layer.weight]))
+        take = min(places, max(1, -(-wanted // max(1, self.samples))))
+        random = torch.Generator().manual_seed(s.seed)
+        fit = held = None
+        for chunk in range(self.chunks):
+            x = self.pruned.value(chunk, layer.source)
+            at = None if take == places else torch.randperm(places, generator=random)[:take].sort()[0]
+            rows, t = layer.rows(x, at), layer.outputs(self._target(chunk, layer, target), at)
+            if fit is None:
+                fit = Moments(rows.shape[0], rows.shape[2], t.shape[2])
+                held = Moments(rows.shape[0], rows.shape[2], t.shape[2])
+            (held if self.chunks > 1 and chunk % s.held_out == s.held_out - 1 or chunk == self.chunks - 1 > 0 else fit).add(rows, t)
+            if chunk == 0:
+                held.shifted_like(fit)
+        assert fit is not None and held is not None
+        return fit, held
+
+    def _target(self, chunk: int, layer: Layer, target: Target) -> Tensor:
+        if target.join is None or target.other is None:
+            return self.dense.value(chunk, layer.end)
+        return target.pull(self.dense.value(chunk, target.join) - self.pruned.value(chunk, target.other))
+
+    # ------------------------------------------------------------ the decision
+    def _decide(self, layer: Layer, fit: Moments, held: Moments) -> None:
+        names = norm_names(self.graph, layer.norm) if layer.norm else None
+        eps = float(bind(layer.norm)["eps"]) if layer.norm else 0.0
+        before = folded(layer, self.state, names, eps)
+        with_bias = bool(names or layer.bias)
+        for name, columns in self._open(layer).items():
+            self._choose(name, columns, fit, before, with_bias)
+            self._zero_columns(layer)
+        inputs, (_, outputs) = self._inputs(layer), self._masks(layer)
+        if not bool(inputs.all()):
+            before = Affine(torch.where(inputs, before.w, torch.zeros((), dtype=torch.float64)), before.b)
+        judge = held if held.rows else fit
+        scale = float(judge.central()[2][outputs].sum()) or 1.0
+        ridge = self.settings.ridge
+        tries = {"plain": before, "bias": bias_only(fit, before) if with_bias else before,
+                 "least squares": least_squares(fit, before, inputs, with_bias, ridge)}  # fmt: skip
+        errors = {k: v.error(judge, outputs) / scale for k, v in tries.items()}
+        used = min(errors, key=lambda k: (errors[k], k != "plain"))
+        if used != "plain":
+            if held.rows:
+                fit += held
+            final = least_squares(fit, before, inputs, with_bias, ridge) if used == "least squares" else bias_only(fit, before)
+            written(layer, self.state, final, names, (fit, eps, outputs))
+        why = "" if used == "least squares" else "on held-out rows the fit is no better"
+        self.rows.append(LayerRepair(layer.name, fit.rows, *errors.values(), used, why))
+
+    def _choose(self, name: str, columns: Tensor, fit: Moments, before: Affine, with_bias: bool) -> None:
+        """Decide on the units of one open group by elimination on what this layer sees."""
+        a, b, _ = fit.central() if with_bias else fit.raw()
+        inputs = self._inputs(layer=self._reader(name))
+        everything = least_squares(fit, before, inputs, with_bias, self.settings.ridge)
+        order, _ = eliminate([Problem(a[0], everything.w[0].mT.contiguous(), columns)], len(columns) - self.count[name], self.settings.ridge)
+        kept = torch.ones(len(columns), dtype=torch.bool)
+        kept[order] = False
+        self.keep[name] = kept
+        self.pruned.runner.keep = self.graph.keep_axes(self.keep)
+
+    def _reader(self, name: str) -> Layer:
+        return next(x for x in self.layers if features_of(self.graph, x, self.graph.groups[name]) is not None)
+
+
+def _upstream(graph: Graph, reads: Mapping, runner: Runner, layers: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Layers that each node's value depends on, in the order in which they run."""
+    above: dict[fx.Node, dict[fx.Node, None]] = {}
+    for node in graph.capture.graph.nodes:
+        found: dict[fx.Node, None] = {}
+        for real in [runner.bypass[node]] if node in runner.bypass else reads[node].values():
+            found |= above[real]
+            if real in layers:
+                found[real] = None
+        above[node] = found
+    return {n: list(v) for n, v in above.items()}
+
+
+def _affected(graph: Graph, reads: Mapping, keep: Mapping[str, Tensor]) -> set[fx.Node]:
+    """Nodes whose value is not the dense one (or where units of it went)."""
+    cut = {graph.axes[n] for n, k in keep.items() if n in graph.axes and not bool(k.bool().all())}
+    gone = {b.join for b in graph.removed_blocks(keep)}
+    found: set[fx.Node] = set()
+    for node in graph.capture.graph.nodes:
+        masked = any(a in cut for dims in tensors_in(graph.env.get(node)) for d in dims for a in axes_of(d))
+        if masked or node in gone or any(r in found for r in reads[node].values()):
+            found.add(node)
+    return found
