@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from secateur.errors import InputError
-from secateur.score.magnitude import Scores
+from secateur.score.criterion import Criterion, Scores
 from secateur.trace import Graph
 
 
@@ -35,3 +35,14 @@ def bn_scale(graph: Graph, model: nn.Module, seed: int = 0) -> Scores:
             "  Use score='l2'."
         )
     return out
+
+
+BN_SCALE = Criterion(
+    name="bn_scale",
+    function=bn_scale,
+    formula="s_u = sum |gamma_u| over the batch norms the unit passes; not divided by a mean",
+    needs="weights",
+    cost="one look at the weights",
+    when="Networks trained with a penalty on the scales of their batch norms; without that penalty it says little.",
+    paper="Liu et al. 2017, Learning Efficient Convolutional Networks through Network Slimming",
+)

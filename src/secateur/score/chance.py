@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from secateur.errors import InputError
-from secateur.score.magnitude import Scores
+from secateur.score.criterion import Criterion, Scores
 from secateur.trace import Graph
 
 
@@ -19,3 +19,14 @@ def random(graph: Graph, model: torch.nn.Module | None = None, seed: int = 0) ->
         raise InputError(f"seed={seed!r} is not an integer of 64 bits.\n  Pass one such as 0.")
     generator = torch.Generator().manual_seed(seed)
     return {n: torch.rand(g.size, generator=generator, dtype=torch.float64) for n, g in graph.groups.items()}
+
+
+RANDOM = Criterion(
+    name="random",
+    function=random,
+    formula="s_u uniform in 0..1, from the seed",
+    needs="weights",
+    cost="nothing; works on the meta device",
+    when="The baseline every criterion has to beat.",
+    paper="Mittal et al. 2018, Recovering from Random Pruning: On the Plasticity of Deep Convolutional Neural Networks",
+)

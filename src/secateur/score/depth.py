@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from secateur.score.magnitude import Scores
+from secateur.score.criterion import Scores
 from secateur.trace import Graph
 
 

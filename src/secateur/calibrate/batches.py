@@ -1,0 +1,111 @@
+"""The user's data, batch by batch: inputs as the model takes them, and labels where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from secateur.errors import DataError, InputError, SecateurError
+from secateur.measure.run import batch_of, forward, shapes
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch. `number` counts from 1; `given` is what the data set handed over, as it was."""
+
+    number: int
+    args: tuple
+    kwargs: dict[str, Any]
+    labels: torch.Tensor | None
+    given: Any
+
+    @property
+    def rows(self) -> int:
+        return batch_of(self.args, self.kwargs)
+
+    def __str__(self) -> str:
+        return f"batch {self.number} of data, {shapes(self.args, self.kwargs)}"
+
+
+def batches(data: Iterable[Any], args: tuple) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """Each item of `data` as (args, kwargs): of a tuple as many leading entries as the model has positional inputs.
+
+    Raises:
+        DataError: an item that holds no input.
+    """
+    for item in data:
+        yield _inputs(item, args)
+
+
+def read(data: Iterable[Any], args: tuple) -> Iterator[Batch]:
+    """Each item of `data` as a `Batch`. Labels are the entry of a tuple after the inputs, or what a dict names "labels".
+
+    Raises:
+        DataError: an item that holds no input or no rows, or a data set that stops with an error.
+    """
+    for number, item in enumerate(arriving(data), 1):
+        found, named = _inputs(item, args)
+        if batch_of(found, named) == 0:
+            raise _no_rows(number, found, named)
+        labels = named.get("labels") if isinstance(item, Mapping) else None
+        if isinstance(item, (tuple, list)) and len(item) > len(found):
+            labels = item[len(found)]
+        yield Batch(number, found, named, labels if isinstance(labels, torch.Tensor) else None, item)
+
+
+def _inputs(item: Any, args: tuple) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(item, torch.Tensor):
+        return (item,), {}
+    if isinstance(item, Mapping):
+        return (), dict(item)
+    if isinstance(item, (tuple, list)) and item:
+        return tuple(item[: max(1, len(args))]), {}
+    raise DataError(f"a batch is a {type(item).__name__}.\n  Give tensors, (inputs, labels) tuples, or dicts of keyword inputs.")
+
+
+def arriving(items: Iterable[Item]) -> Iterator[Item]:
+    """The items of a data set; whatever it raises comes back as a DataError."""
+    given = 0
+    try:
+        for item in items:
+            given += 1
+            yield item
+    except SecateurError:
+        raise
+    except Exception as error:  # whatever the user's data set raises
+        raise DataError(
+            f"data stopped after {given} batches with {type(error).__name__}: {error}.\n"
+            "  No statistics were changed. Pass an iterable of batches that can be read to its end."
+        ) from error
+
+
+def run(model: torch.nn.Module, number: int, args: tuple, kwargs: Mapping) -> Any:
+    """`model` on one batch.
+
+    Raises:
+        DataError: a batch without rows, or one that the model cannot run.
+    """
+    if batch_of(args, kwargs) == 0:
+        raise _no_rows(number, args, kwargs)
+    try:
+        return forward(model, args, kwargs)
+    except InputError as error:
+        said = str(error).splitlines()[1].strip().removeprefix("It said: ")
+        raise does_not_run(number, args, kwargs, said) from error
+
+
+def does_not_run(number: int, args: tuple, kwargs: Mapping, said: str) -> DataError:
+    return DataError(
+        f"batch {number} of data, {shapes(args, kwargs)}, does not run: {said}\n"
+        "  Pass batches like the example inputs, on the model's device and in its dtype: an iterable of tensors, of (inputs, labels), "
+        "or of dicts."
+    )
+
+
+def _no_rows(number: int, args: tuple, kwargs: Mapping) -> DataError:
+    return DataError(f"batch {number} of data has no rows: {shapes(args, kwargs)}.\n  Leave empty batches out.")
