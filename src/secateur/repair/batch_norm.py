@@ -6,15 +6,15 @@ replaced by the average over batches of what really arrives (Li et al. 2020, "Ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from secateur.errors import DataError, InputError, SecateurError
-from secateur.measure.run import batch_of, forward, shapes
+from secateur.calibrate.batches import arriving, run
+from secateur.errors import DataError
 from secateur.trace.capture import evaluating
 
 _OPS = ("aten::native_batch_norm", "aten::_native_batch_norm_legit_no_training", "aten::cudnn_batch_norm")
@@ -54,8 +54,8 @@ def batch_norm_statistics(model: nn.Module, batches: Iterable[tuple[tuple, Mappi
     used = 0
     collect = _Collect()
     with torch.no_grad(), evaluating(model), collect:
-        for used, (args, kwargs) in enumerate(_arriving(batches), 1):
-            _run(model, used, args, kwargs)
+        for used, (args, kwargs) in enumerate(arriving(batches), 1):
+            run(model, used, args, kwargs)
             if progress:
                 progress(used)
             if not collect.sums:
@@ -68,32 +68,3 @@ def batch_norm_statistics(model: nn.Module, batches: Iterable[tuple[tuple, Mappi
         mean.copy_((sum_mean / n).to(mean.dtype))
         var.copy_((sum_var / n).to(var.dtype))
     return used if collect.sums else 0
-
-
-def _arriving(batches: Iterable[tuple[tuple, Mapping]]) -> Iterator[tuple[tuple, Mapping]]:
-    given = 0
-    try:
-        for item in batches:
-            given += 1
-            yield item
-    except SecateurError:
-        raise
-    except Exception as error:  # whatever the user's data set raises
-        raise DataError(
-            f"data stopped after {given} batches with {type(error).__name__}: {error}.\n"
-            "  No statistics were changed. Pass an iterable of batches that can be read to its end."
-        ) from error
-
-
-def _run(model: nn.Module, number: int, args: tuple, kwargs: Mapping) -> None:
-    if batch_of(args, kwargs) == 0:
-        raise DataError(f"batch {number} of data has no rows: {shapes(args, kwargs)}.\n  Leave empty batches out.")
-    try:
-        forward(model, args, kwargs)
-    except InputError as error:
-        said = str(error).splitlines()[1].strip().removeprefix("It said: ")
-        raise DataError(
-            f"batch {number} of data, {shapes(args, kwargs)}, does not run: {said}\n"
-            "  Pass batches like the example inputs, on the model's device and in its dtype: an iterable of tensors, of (inputs, labels), "
-            "or of dicts."
-        ) from error
