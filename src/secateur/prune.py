@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,17 @@ from torch.utils._pytree import tree_leaves
 
 from secateur import budget
 from secateur import score as criteria
-from secateur.budget.targets import Target
-from secateur.errors import CaptureError, DataError, InputError, ModelError, TargetError
+from secateur.budget import MeasuredTarget, Target
+from secateur.calibrate import Calibration
+from secateur.calibrate import batches as batches
+from secateur.calibrate.loss import Loss
+from secateur.errors import CaptureError, InputError, ModelError, TargetError
 from secateur.measure.count import count
 from secateur.measure.proof import Proof, prove, require
 from secateur.measure.run import at_rest, forward, shapes
 from secateur.plan import Cost, Plan
+from secateur.reach import Options as Search
+from secateur.reach import achieved, measured_again, within
 from secateur.repair import batch_norm_statistics
 from secateur.surgery import Cut, cut
 from secateur.surgery.optimizer import migrate
@@ -62,7 +68,7 @@ class Result:
 def prune(
     model: nn.Module,
     args: tuple,
-    *targets: Target,
+    *targets: Target | MeasuredTarget,
     data: Iterable[Any] | None = None,
     score: str | Callable | Mapping[str, torch.Tensor] = "l2",
     allocation: str = "global",
@@ -70,6 +76,7 @@ def prune(
     seed: int = 0,
     kwargs: Mapping[str, Any] | None = None,
     depth: bool = False,
+    loss: Loss | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Trace, score, plan, cut, prove, and re-estimate BatchNorm where data is given. `model` is never changed.
@@ -78,12 +85,15 @@ def prune(
         model: a trained module.
         args, kwargs: example inputs, as the model is called. MACs are those of this call. A batch of two or more keeps the
             batch size free where the result is a rewritten graph.
-        targets: `MACs`, `Params`, `Bytes`; all are met.
-        data: batches (a tensor, `(inputs, labels)`, or a dict of keyword inputs) for BatchNorm statistics.
-        score: "l1", "l2", "bn_scale", "random", a function `(graph, model, seed)`, or {group: numbers}.
+        targets: `MACs`, `Params`, `Bytes`, and what is measured on real cuts: `Latency`, `PeakMemory`; all are met.
+        data: batches (a tensor, `(inputs, labels)`, or a dict of keyword inputs) for BatchNorm statistics, and for criteria that
+            need data: then something that can be read more than once.
+        score: the name of a criterion (`score.CRITERIA`), a function `(graph, model, seed)`, or {group: numbers}.
         allocation: "global" or "uniform".
         ignore: names or patterns of modules, parameters or groups that keep their shape.
         depth: whole residual blocks may go too, in the same ranking. The result is then a rewritten graph.
+        loss: `loss(outputs, batch)` -> scalar tensor, for criteria that need gradients; by default what the model returns as
+            `.loss`, else cross entropy with the labels.
         progress: called with the name of each stage as it starts.
 
     Raises:
@@ -97,7 +107,8 @@ def prune(
     check(model, args, kwargs)
     say("trace")
     graph = _traced(model, args, kwargs, ignore)
-    ask = _Asked(model, score, seed, targets, allocation, depth, say)
+    statistics = None if data is None else lambda graph: Calibration(model, graph, data, args=args, kwargs=kwargs, loss=loss, seed=seed)
+    ask = _Asked(model, score, seed, targets, allocation, depth, say, statistics)
     plan, done, proof = ask.carry_out(graph)
     if done.how == "graph" and not graph.removed_blocks(plan.keep):
         graph, plan, done, proof = ask.with_class(graph, ignore) or (graph, plan, done, proof)
@@ -117,6 +128,7 @@ def prune(
     if proof.all_zero:
         notes.append("every output is 0 on these inputs (a zero-initialised last layer?), so the proof compared zeros")
     _kept_promise(targets, before, after)
+    plan = replace(plan, why={**plan.why, "achieved": achieved(targets, before, after, plan)})
     if after != plan.after:
         notes.append(f"the plan predicted {plan.after}, the cut model counts {after}: an op without a rule takes part")
     return Result(done.model, plan, proof, before, after, graph, done, notes, model)
@@ -128,8 +140,11 @@ def _is_random(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool
     return not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True) if isinstance(x, torch.Tensor))
 
 
-def _kept_promise(targets: Sequence[Target], before: Cost, after: Cost) -> None:
+def _kept_promise(targets: Sequence[Target | MeasuredTarget], before: Cost, after: Cost) -> None:
+    """Of what is counted; what is measured was held against its budget where it was measured."""
     for t in targets:
+        if isinstance(t, MeasuredTarget):
+            continue
         limit, have = t.limit(before), getattr(after, t.figure)
         if have > limit:
             raise TargetError(
@@ -145,18 +160,21 @@ class _Asked:
     model: nn.Module
     score: Any
     seed: int
-    targets: tuple[Target, ...]
+    targets: tuple[Target | MeasuredTarget, ...]
     allocation: str
     depth: bool
     say: Progress
+    statistics: Callable[[Graph], Calibration] | None = None
 
     def carry_out(self, graph: Graph) -> tuple[Plan, Cut, Proof]:
         self.say("score")
-        scores = criteria.score(graph, self.model, self.score, self.seed)
+        scores = criteria.score(graph, self.model, self.score, self.seed, self.statistics(graph) if self.statistics else None)
         if self.depth:
             scores = {**scores, **criteria.blocks(graph, self.model)}
         self.say("plan")
-        plan = _explained(budget.plan(graph, scores, *self.targets, allocation=self.allocation), self.score, self.seed)
+        planner = partial(budget.plan, graph, scores, allocation=self.allocation)
+        plan = within(self.model, graph, self.targets, planner, scores, Search(say=self.say))
+        plan = _explained(plan, self.score, self.seed)
         self.say("cut")
         done = cut(self.model, graph, plan, values=False)  # the proof below compares values
         self.say("prove")
@@ -164,6 +182,7 @@ class _Asked:
         if not proof.passed and done.how == "attributes":  # a number of forward() that no shape shows, such as sqrt(width)
             done = cut(self.model, graph, plan, refuse_class=f"its forward() deviates by {proof.max_error:.1e} after the cut")
             proof = prove(self.model, graph, plan.keep, done.model)
+            plan = measured_again(plan, done.model, self.targets, self.model, graph)
         return plan, done, proof
 
     def with_class(self, graph: Graph, ignore: Sequence[str]) -> tuple[Graph, Plan, Cut, Proof] | None:
@@ -229,23 +248,6 @@ def check(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
             raise InputError(f"an input of {shapes(tuple(args), kwargs)} holds NaN.\n  Pass sound example inputs; the proof runs on them.")
     with at_rest(model):
         forward(model, tuple(args), kwargs)
-
-
-def batches(data: Iterable[Any], args: tuple) -> Iterator[tuple[tuple, dict[str, Any]]]:
-    """Each item of `data` as (args, kwargs): of a tuple as many leading entries as the model has positional inputs.
-
-    Raises:
-        DataError: an item that holds no input.
-    """
-    for item in data:
-        if isinstance(item, torch.Tensor):
-            yield (item,), {}
-        elif isinstance(item, Mapping):
-            yield (), dict(item)
-        elif isinstance(item, (tuple, list)) and item:
-            yield tuple(item[: max(1, len(args))]), {}
-        else:
-            raise DataError(f"a batch is a {type(item).__name__}.\n  Give tensors, (inputs, labels) tuples, or dicts of keyword inputs.")
 
 
 def _explained(plan: Plan, score: Any, seed: int) -> Plan:
