@@ -11,8 +11,10 @@ from secateur import errors as errors
 from secateur import score as score
 from secateur.plan import Cost, Plan  # isort: skip  # the module `plan` first, so that the function below keeps the name
 from secateur.budget import Bytes as Bytes
+from secateur.budget import Latency as Latency
 from secateur.budget import MACs as MACs
 from secateur.budget import Params as Params
+from secateur.budget import PeakMemory as PeakMemory
 from secateur.budget import plan as plan
 from secateur.errors import SecateurError as SecateurError
 from secateur.measure import measure as measure
@@ -35,8 +37,10 @@ __all__ = [
     "Cut",
     "Graph",
     "Group",
+    "Latency",
     "MACs",
     "Params",
+    "PeakMemory",
     "Plan",
     "Proof",
     "Result",

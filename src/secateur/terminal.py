@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -94,6 +95,8 @@ def job(done: Job) -> None:
     console, result = out(), done.result
     console.print(_groups(done.to_json()["groups"]))
     console.print(costs({"dense": result.before, "pruned": result.after}, done.rows))
+    for row in result.plan.why.get("achieved", ()):
+        console.print(asked(row), markup=False)
     if done.accuracy:
         console.print(accuracies(done.accuracy))
     proof = result.proof
@@ -139,6 +142,13 @@ def costs(models: Mapping[str, Cost], rows: int) -> Table:
                 cells.append(percent(value / max(1, getattr(first, figure))))
         table.add_row(*cells)
     return table
+
+
+def asked(row: Mapping[str, Any]) -> str:
+    """One target, asked and achieved."""
+    form = {"latency": seconds, "bytes": size, "peak_memory": size}.get(row["figure"], number)
+    text = f"asked {row['target']}: {percent(row['ratio'])}, {form(row['achieved'])} of {form(row['dense'])}"
+    return f"{text}, at most {form(row['limit'])}"
 
 
 def accuracies(measured: Mapping[str, float]) -> Table:
@@ -200,4 +210,22 @@ def measurement(name: str, found: Measurement) -> None:
         table.add_row("latency, median", seconds(timed.median))
         table.add_row("latency, interquartile range", seconds(timed.spread))
         table.caption = f"{found.runtime}, {timed.rounds} rounds, {timed.threads} threads, {found.device}, {found.dtype}"
+    out().print(table)
+
+
+def criteria(rows: Sequence[Mapping[str, str]]) -> None:
+    """One line per criterion; `explain NAME` says the rest."""
+    table = Table("criterion", "needs", "formula", title="criteria: what scores lowest goes first", title_justify="left")
+    for row in rows:
+        table.add_row(row["name"], row["needs"], escape(row["formula"]))
+    table.caption = "`secateur explain NAME` says what one costs, when to use it, and where it comes from"
+    out().print(table)
+
+
+def criterion(facts: Mapping[str, str]) -> None:
+    """Everything there is to say about one criterion."""
+    needs = {"weights": "the weights only", "inputs": "batches of inputs (data=)", "labels": "batches with labels (data=), or loss="}
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, text in {**facts, "needs": needs[facts["needs"]]}.items():
+        table.add_row(f"[bold]{name}[/bold]", escape(text))
     out().print(table)

@@ -1,6 +1,8 @@
 """Scores and targets -> a `Plan`."""
 
 from secateur.budget.allocate import plan
-from secateur.budget.targets import Bytes, MACs, Params, Target, parse
+from secateur.budget.measured import Latency, MeasuredTarget, PeakMemory, Reading
+from secateur.budget.targets import Bytes, MACs, Params, Target
+from secateur.budget.written import parse
 
-__all__ = ["Bytes", "MACs", "Params", "Target", "parse", "plan"]
+__all__ = ["Bytes", "Latency", "MACs", "MeasuredTarget", "Params", "PeakMemory", "Reading", "Target", "parse", "plan"]

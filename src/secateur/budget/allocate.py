@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from secateur.budget.measured import MeasuredTarget
 from secateur.budget.targets import Target
 from secateur.errors import InputError, TargetError
 from secateur.plan import Cost, Plan
@@ -41,6 +42,8 @@ def plan(graph: Graph, scores: Mapping[str, torch.Tensor], *targets: Target, all
     if not targets:
         raise InputError("no target was given.\n  Pass one, such as MACs(at_most='50%').")
     for t in targets:
+        if isinstance(t, MeasuredTarget):
+            raise InputError(f"{t} has to be measured on a cut model, and plan() makes none.\n  Pass it to prune().")
         if not isinstance(t, Target):
             raise InputError(f"{t!r} is no target.\n  Pass MACs(at_most='50%'), Params(...) or Bytes(...).")
     dense = graph.cost()

@@ -10,8 +10,8 @@ from typing import ClassVar
 from secateur.errors import InputError
 from secateur.plan import Cost
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_UNITS.update({"kb": 10**3, "mb": 10**6, "gb": 10**9})
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+UNITS.update({"kb": 10**3, "mb": 10**6, "gb": 10**9})
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Target:
         else:
             text = str(self.at_most).strip().replace("_", "").lower()
             match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%|[a-z]*)", text)
-            if not match or (match[2] != "%" and match[2] not in _UNITS):
+            if not match or (match[2] != "%" and match[2] not in UNITS):
                 raise InputError(f"{self}: {self.at_most!r} is not a budget.\n  Write '50%', 1000000, '1.5M' or '2MiB'.")
-            value = float(match[1]) * (whole / 100 if match[2] == "%" else _UNITS[match[2]])
+            value = float(match[1]) * (whole / 100 if match[2] == "%" else UNITS[match[2]])
         if not math.isfinite(value):
             raise InputError(f"{self}: a budget is a finite number.")
         return value
@@ -88,18 +88,3 @@ class Bytes(Target):
 
     def __str__(self) -> str:
         return Target.__str__(self)
-
-
-BY_NAME: dict[str, type[Target]] = {"macs": MACs, "params": Params, "bytes": Bytes}
-
-
-def parse(text: str) -> Target:
-    """`"macs=50%"` -> `MACs(at_most="50%")`.
-
-    Raises:
-        InputError: an unknown figure or no '='.
-    """
-    name, sep, value = text.partition("=")
-    if not sep or name.strip().lower() not in BY_NAME:
-        raise InputError(f"{text!r} is not a target.\n  Write one of {', '.join(f'{n}=50%' for n in BY_NAME)}.")
-    return BY_NAME[name.strip().lower()](value.strip())

@@ -22,6 +22,7 @@ from secateur.measure.run import batch_of, inputs_on
 from secateur.measure.runtimes import MOST_THREADS, prepared
 
 _SHORTEST = 2e-3  # seconds: a quicker function is called several times per sample, or the clock's noise is measured
+_BRIEF = 5e-4  # the same for samples of which the least is taken: the shorter, the more often one runs undisturbed
 
 
 @dataclass(frozen=True)
@@ -79,20 +80,32 @@ def compare(
     rounds: int = 20,
     threads: int = 1,
     batch: int = 1,
+    least_of: int = 1,
 ) -> Comparison:
-    """Time the functions in turns. ``batch`` is only passed on into the result. The first function is the yardstick."""
+    """Time the functions in turns. The first function is the yardstick.
+
+    ``batch`` is only passed on into the result. With ``least_of`` above 1 every round takes that many turns, and its
+    sample is the least of them: what other processes do only ever adds, so the least of a few is what the call itself
+    takes. Medians are over the rounds, as always.
+    """
     if not functions:
         raise InputError("compare() got no functions. Pass {name: function, ...}.")
+    if not isinstance(least_of, int) or least_of < 1:
+        raise InputError(f"least_of={least_of!r}: a round takes 1 turn at least.")
     if not (isinstance(rounds, int) and isinstance(threads, int)) or rounds < 2 or not 1 <= threads <= MOST_THREADS:
         raise InputError(f"rounds={rounds!r}, threads={threads!r}: a spread needs 2 rounds at least, a run 1 to {MOST_THREADS} threads.")
     names = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with _threads(threads):
-        calls = {name: _calls(functions[name]) for name in names}
+        calls = {name: _calls(functions[name], _SHORTEST if least_of == 1 else _BRIEF) for name in names}
         for turn in range(rounds):
-            start = turn % len(names)
-            for name in names[start:] + names[:start]:
-                samples[name].append(_sample(functions[name], calls[name]))
+            found: dict[str, list[float]] = {name: [] for name in names}
+            for again in range(least_of):
+                start = (turn + again) % len(names)
+                for name in names[start:] + names[:start]:
+                    found[name].append(_sample(functions[name], calls[name]))
+            for name in names:
+                samples[name].append(min(found[name]))
     first = samples[names[0]]
     ratios = {name: [mine / one for mine, one in zip(samples[name], first, strict=True)] for name in names}
     return Comparison(
@@ -105,11 +118,11 @@ def compare(
     )
 
 
-def _calls(function: Callable[[], object]) -> int:
+def _calls(function: Callable[[], object], shortest: float) -> int:
     """Warm up (three calls), and say how many calls make one sample long enough for the clock."""
     function()
     function()
-    return max(1, round(_SHORTEST / max(_sample(function, 1), 1e-9)))
+    return max(1, round(shortest / max(_sample(function, 1), 1e-9)))
 
 
 def _sample(function: Callable[[], object], calls: int) -> float:
