@@ -48,7 +48,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 @app.command()
 def prune(  # noqa: PLR0913  # a command's parameters are its options
     model: Model,
-    at_most: Annotated[list[str], typer.Option(help="macs=50%, params=1M or bytes=2MiB; repeatable, all are met.")],
+    at_most: Annotated[list[str], typer.Option(help=(
+        "macs=50%, params=1M, bytes=2MiB, peak_memory=50% or latency=60%@onnxruntime,batch=1,threads=1; repeatable, all are met."
+    ))],
     data: Source = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the result.")] = None,
     score: Annotated[str, typer.Option(help="l1, l2, bn_scale or random.")] = "l2",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from secateur.budget import MACs, Target
+from secateur.budget import Latency, MACs, MeasuredTarget, Target
 from secateur.errors import InputError
 from secateur.measure.run import batch_of
 from secateur.models import Data, LoadedModel, save
@@ -85,7 +85,7 @@ def example_inputs(loaded: LoadedModel, data: Data | None, given: Sequence[Tenso
 def run(
     loaded: LoadedModel,
     inputs: tuple[tuple, dict[str, Any]],
-    targets: Sequence[Target],
+    targets: Sequence[Target | MeasuredTarget],
     options: Options,
     *,
     data: Data | None = None,
@@ -121,7 +121,7 @@ def run(
 
 
 def _pruned(
-    model: nn.Module, inputs: tuple[tuple, dict], targets: Sequence[Target], options: Options, say: Progress
+    model: nn.Module, inputs: tuple[tuple, dict], targets: Sequence[Target | MeasuredTarget], options: Options, say: Progress
 ) -> tuple[Result, tuple[tuple, dict]]:
     """The result and the inputs it was traced with.
 
@@ -139,8 +139,10 @@ def _pruned(
     return prune(model, args, *doubled, kwargs=kwargs, progress=say, **chosen), (args, kwargs)
 
 
-def _doubled(target: Target, result: Result) -> Target:
-    """MACs are those of one call: an absolute budget for one row is twice that for two."""
+def _doubled(target: Target | MeasuredTarget, result: Result) -> Target | MeasuredTarget:
+    """MACs are those of one call: an absolute budget for one row is twice that for two. Latency stays that of one row."""
+    if isinstance(target, Latency):
+        return replace(target, batch=target.batch or 1)
     if isinstance(target, MACs) and not str(target.at_most).strip().endswith("%"):
         return replace(target, at_most=2 * target.limit(result.before))
     return target

@@ -1,0 +1,1 @@
+"""The criteria, and slow twins of them."""
