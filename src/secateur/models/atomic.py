@@ -11,7 +11,9 @@ from pathlib import Path
 
 from secateur.errors import FormatError, InputError
 
-MARK, TENSORS, GRAPH = "plan.json", "model.safetensors", "graph.json"  # all that a folder ever holds
+MARK, TENSORS, GRAPH = "plan.json", "model.safetensors", "graph.json"
+REPORT_FACTS, REPORT_PAGE = "report.json", "report.html"  # beside the model, not part of it
+OURS = {MARK, TENSORS, GRAPH, REPORT_FACTS, REPORT_PAGE}  # all that a folder ever holds
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -67,7 +69,7 @@ def sha256(path: Path) -> str:
 
 def _refuse_foreign(folder: Path) -> None:
     if folder.is_dir():
-        foreign = sorted({path.name for path in folder.iterdir()} - {MARK, TENSORS, GRAPH})
+        foreign = sorted({path.name for path in folder.iterdir()} - OURS)
         if foreign:
             raise InputError(
                 f"{folder} holds {len(foreign)} files that secateur did not write ({', '.join(foreign[:3])}): "

@@ -1,0 +1,136 @@
+"""The page: every number from the facts, nothing injected, nothing loaded, whatever is missing."""
+
+import json
+import re
+
+import pytest
+import sheets
+from pages import Page, numbers, says
+
+from secateur import report
+from secateur.report.facts import plain
+
+SHEETS = {
+    "full": sheets.full, "many": lambda: sheets.full(200), "no groups": lambda: sheets.full(0), "attacked": sheets.attacked,
+    "unmeasured": sheets.unmeasured, "empty": report.facts, "job": lambda: report.facts(sheets.JOB),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=SHEETS)
+def both(request):
+    sheet = SHEETS[request.param]()
+    return sheet, report.render(sheet)
+
+
+def test_the_page_is_well_formed(both):
+    page = Page(both[1])
+    assert not page.faults
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.elements:
+        for key in ("aria-labelledby", "aria-controls", "data-for", "data-filter", "data-more", "data-copy"):
+            assert attributes.get(key, ids[0]) in ids, f"{key}={attributes[key]} points nowhere"
+        if attributes.get("href"):
+            assert attributes["href"].removeprefix("#") in ids
+
+
+def test_every_number_shown_stands_in_the_facts(both):
+    sheet, text = both
+    known, texts = numbers(plain(sheet))
+    held = {repr(number) for number in known}
+    page = Page(text)
+    for value, shown in page.data:
+        assert value in held, f"{shown} ({value}) is not in report.json"
+        assert says(shown, float(value)), f"{shown} is not {value}"
+    joined = " ".join(texts).replace("\x00", "\ufffd").replace("T", " ").replace("+00:00", " UTC")
+    for names, _, words in page.texts:
+        if {"svg", "button", "head", "caption"} & set(names):
+            continue  # scales of charts, names of series; their numbers are tested through `data` in the tables
+        for digits in re.findall(r"\d[\d.,:%-]*", words.replace("float64", "")):
+            assert digits.rstrip(".,:-") in joined, f"{digits!r} in {words!r} is not in report.json"
+
+
+def test_nothing_is_loaded_from_anywhere(both):
+    _, text = both
+    page = Page(text)
+    for name, attributes in page.elements:
+        assert name not in ("link", "img", "iframe", "object", "embed", "base", "form", "image", "use")
+        assert not {"src", "srcset", "action", "xlink:href", "style"} & attributes.keys()
+        assert attributes.get("href", "#").startswith("#")
+        assert not [key for key in attributes if key.startswith("on")], "no inline handlers"
+    assert not re.search(r"https?://|url\(|@import|\bfetch\(|XMLHttpRequest|WebSocket|\bimport\(", text)
+    (rule,) = [a["content"] for n, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert rule.startswith("default-src 'none'") and "unsafe" not in rule
+
+
+def test_strings_of_the_user_are_text(both):
+    sheet, text = both
+    page = Page(text)
+    kinds = [attributes.get("type") for name, attributes in page.elements if name == "script"]
+    assert kinds == ["application/json", None], "two scripts: the facts and ours"
+    assert "alert(1)" not in "".join(code for attributes, code in page.scripts if not attributes)
+    assert text.encode("utf-8")
+
+
+def test_an_attack_is_shown_as_it_was_written():
+    text = report.render(sheets.attacked())
+    shown = [words for _, _, words in Page(text).texts]
+    assert any(words.startswith(sheets.ATTACK) for words in shown)
+    assert "<script>alert" not in text and "</script>\"" not in text
+    assert "\x00" not in text and "\ufffd" in text
+
+
+def test_the_embedded_facts_are_the_facts(both):
+    sheet, text = both
+    (code,) = [code for attributes, code in Page(text).scripts if attributes.get("type") == "application/json"]
+    assert "<" not in code
+    assert json.loads(code) == plain(sheet)
+
+
+def test_a_missing_section_is_not_shown():
+    sheet = sheets.full(5)
+    parts = {"latency": "latency", "repairs": "repairs", "sensitivity": "sensitivity", "pareto": "pareto", "proof": "proof", "notes": "notes",
+             "targets": "targets", "accuracy": "accuracy", "hardware": "hardware"}  # fmt: skip
+    for name, key in parts.items():
+        less = {k: v for k, v in sheet.items() if k != name}
+        assert f'<section id="{key}"' in report.render(sheet)
+        assert f'<section id="{key}"' not in report.render(less)
+        assert f'href="#{key}"' not in report.render(less)
+
+
+def test_what_was_not_measured_is_said():
+    timed = [{"runtime": "torch", "dense": [], "pruned": []}]
+    page = Page(report.render(report.facts(None, accuracy={"dense": 0.9, "cut": float("nan")}, latency=timed)))
+    words = [words for _, _, words in page.texts]
+    assert words.count("not measured") >= 3
+    assert not [word for word in words if re.search(r"\bnan\b|\binf\b|\bNone\b", word)]
+
+
+@pytest.mark.parametrize("passed, met, word", [(True, True, "proven"), (False, True, "not proven"), (True, False, "target missed")])
+def test_the_verdict_does_not_flatter(passed, met, word):
+    sheet = sheets.full(3)
+    sheet["proof"]["passed"], sheet["targets"][0]["met"] = passed, met
+    text = report.render(sheet)
+    badge = re.search(r'class="badge (\w+)">.*?</span> ([\w ]+)</span>', text)
+    assert badge[2] == word and badge[1] == ("good" if passed and met else "bad")
+    assert ("does NOT compute" in text) == (not passed)
+
+
+def test_two_thousand_groups_stay_a_page():
+    text = report.render(sheets.full(2000))
+    assert len(text) < 8_000_000
+    assert "Show all 2,000 groups" in text and "Only the most sensitive groups are drawn" in text
+    assert text.count("<polyline") <= 130
+
+
+def test_tables_have_headers_and_charts_have_words(both):
+    page = Page(both[1])
+    for name, attributes in page.elements:
+        if name == "svg" and attributes.get("aria-hidden") != "true":
+            assert attributes.get("aria-label"), "a chart without words"
+        if name == "th":
+            assert attributes["scope"] in ("col", "row")
+        if name == "table":
+            assert attributes["role"] == "table"
+        if "mark" in (attributes.get("class") or "").split():
+            assert attributes["tabindex"] == "-1" and attributes["role"] == "img"
