@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 refused (a model, data, budget or folder that cannot be us
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from secateur.measure import measure as measured
 from secateur.measure.run import batch_of
 from secateur.models import Data, load_data, load_model
 from secateur.models.example import parse_input
+from secateur.report import rewrite
 from secateur.trace import trace
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=(
@@ -47,6 +49,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @app.command()
 def prune(  # noqa: PLR0913  # a command's parameters are its options
+    context: typer.Context,
     model: Model,
     at_most: Annotated[list[str], typer.Option(help=(
         "macs=50%, params=1M, bytes=2MiB, peak_memory=50% or latency=60%@onnxruntime,batch=1,threads=1; repeatable, all are met."
@@ -72,6 +75,7 @@ def prune(  # noqa: PLR0913  # a command's parameters are its options
         example = job.example_inputs(loaded, held, given)
         options = job.Options(score, allocation, tuple(ignore or ()), seed, depth)
         done = job.run(loaded, example, targets, options, data=held, out=out, progress=say)
+        job.write_report(done, settings={"command": _command(context)})
     if as_json:
         _print(done.to_json())
     else:
@@ -148,6 +152,21 @@ def demo(
         _print(facts)
 
 
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", show_default=False, help="Folder with a report.json, or that file.")],
+    debug: Debug = False,
+) -> None:
+    """Write report.html again from the report.json of a saved folder."""
+    page = rewrite(folder)
+    terminal.out().print(f"written: {page}", markup=False, soft_wrap=True)
+
+
+def _command(context: typer.Context) -> str:
+    """The line that was typed, as a shell takes it."""
+    return shlex.join(["secateur", *(context.obj or ())])
+
+
 def _given(data: str | None, inputs: Sequence[str] | None, seed: int) -> tuple[Data | None, list[Any]]:
     return (load_data(data, seed=seed) if data else None), [parse_input(text) for text in inputs or ()]
 
@@ -173,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)", category=FutureWarning)  # torch's own
     try:
-        app(given, prog_name="secateur")
+        app(given, prog_name="secateur", obj=given)
         return 0
     except SystemExit as stop:  # how typer ends: done, wrong usage, interrupted
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -31,6 +31,11 @@ def run(out: str | Path | None = None, *, seed: int = 0, quiet: bool = False) ->
         )  # fmt: skip
         say("timing both in turns")
         timed = _timed(dense, done, data)
+    sides = {name: timed.seconds[name].to_json() for name in ("dense", "pruned")}
+    job.write_report(
+        done, latency=[{"runtime": "torch", "threads": sides["dense"]["threads"], "batch": ROWS, **sides}],
+        settings={"command": f"secateur demo --seed {seed}"},
+    )  # fmt: skip
     if not quiet:
         _show(done, timed)
     return {**done.to_json(), "seconds": timed.to_json()}

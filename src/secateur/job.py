@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from secateur import report
 from secateur.budget import Latency, MACs, MeasuredTarget, Target
 from secateur.errors import InputError
 from secateur.measure.run import batch_of
@@ -118,6 +119,15 @@ def run(
         say("save")
         folder = save(result, out)
     return Job(loaded.name, result, batch_of(*inputs), measured, folder)
+
+
+def write_report(done: Job, **sections: Any) -> Path | None:
+    """`report.json` and `report.html` into the folder of a saved job, with `sections` that the job does not know (see
+    `report.facts`). Returns the page; None where nothing was saved.
+
+    Raises FormatError where they cannot be written; the saved model is whole all the same.
+    """
+    return report.write(done.folder, report.facts(done, **sections)) if done.folder is not None else None
 
 
 def _pruned(
