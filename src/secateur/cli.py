@@ -26,6 +26,7 @@ from secateur.measure.run import batch_of
 from secateur.models import Data, load_data, load_model
 from secateur.models.example import parse_input
 from secateur.report import rewrite
+from secateur.score import CRITERIA, find
 from secateur.trace import trace
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=(
@@ -56,7 +57,7 @@ def prune(  # noqa: PLR0913  # a command's parameters are its options
     ))],
     data: Source = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the result.")] = None,
-    score: Annotated[str, typer.Option(help="l1, l2, bn_scale or random.")] = "l2",
+    score: Annotated[str, typer.Option(help="A criterion; `secateur explain` lists them.")] = "l2",
     allocation: Annotated[str, typer.Option(help="global or uniform.")] = "global",
     ignore: Ignore = None,
     depth: Annotated[bool, typer.Option("--depth", help="Whole residual blocks may go too.")] = False,
@@ -165,6 +166,23 @@ def report(
 def _command(context: typer.Context) -> str:
     """The line that was typed, as a shell takes it."""
     return shlex.join(["secateur", *(context.obj or ())])
+
+
+@app.command()
+def explain(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False, help="A criterion; without it, a table of all.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a criterion computes, what it needs and costs, when to use it, and where it comes from."""
+    found = [find(name)] if name else list(CRITERIA.values())
+    facts = [criterion.facts() for criterion in found]
+    if as_json:
+        _print(facts[0] if name else {"criteria": facts})
+    elif name:
+        terminal.criterion(facts[0])
+    else:
+        terminal.criteria(facts)
 
 
 def _given(data: str | None, inputs: Sequence[str] | None, seed: int) -> tuple[Data | None, list[Any]]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -211,24 +210,6 @@ def measurement(name: str, found: Measurement) -> None:
         table.add_row("latency, median", seconds(timed.median))
         table.add_row("latency, interquartile range", seconds(timed.spread))
         table.caption = f"{found.runtime}, {timed.rounds} rounds, {timed.threads} threads, {found.device}, {found.dtype}"
-    out().print(table)
-
-
-def criteria(rows: Sequence[Mapping[str, str]]) -> None:
-    """One line per criterion; `explain NAME` says the rest."""
-    table = Table("criterion", "needs", "formula", title="criteria: what scores lowest goes first", title_justify="left")
-    for row in rows:
-        table.add_row(row["name"], row["needs"], escape(row["formula"]))
-    table.caption = "`secateur explain NAME` says what one costs, when to use it, and where it comes from"
-    out().print(table)
-
-
-def criterion(facts: Mapping[str, str]) -> None:
-    """Everything there is to say about one criterion."""
-    needs = {"weights": "the weights only", "inputs": "batches of inputs (data=)", "labels": "batches with labels (data=), or loss="}
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, text in {**facts, "needs": needs[facts["needs"]]}.items():
-        table.add_row(f"[bold]{name}[/bold]", escape(text))
     out().print(table)
 
 

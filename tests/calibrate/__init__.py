@@ -1,0 +1,1 @@
+"""Statistics gathered from data."""
