@@ -70,7 +70,7 @@ def test_limits_and_shares():
     assert Latency("4ms").limit(0.010) == Latency(0.004).limit(0.010) == pytest.approx(0.004)
     assert Latency("4ms").share(half) == pytest.approx(1.5)
     assert PeakMemory("2KiB").limit(4096) == 2048
-    with pytest.raises(InputError, match="dense model takes 0.01"):
+    with pytest.raises(InputError, match=r"dense model takes 0\.01"):
         Latency("12ms").limit(0.010)
 
 
