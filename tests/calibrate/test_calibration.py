@@ -268,7 +268,7 @@ def test_without_data_the_message_says_what_is_missing(criterion, word):
 def test_without_labels_the_message_says_what_to_give():
     model, inputs = made(Residual), [x for x, _ in data(Residual)]
     graph, found = calibrated(model, inputs, example=inputs[0])
-    with pytest.raises(DataError, match="batch 1 .*no labels(?s:.*)loss="):
+    with pytest.raises(DataError, match=r"batch 1 .*no labels(?s:.*)loss="):
         score.score(graph, model, "taylor", calibration=found)
 
 

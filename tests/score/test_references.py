@@ -35,7 +35,7 @@ def test_every_criterion_has_a_twin():
 def test_criterion_is_its_slow_twin(name, kind):
     model, graph, batches, calibration = prepared(kind)
     if (name, kind) in REFUSED:
-        with pytest.raises(InputError, match="[Uu]se "):
+        with pytest.raises(InputError, match=r"[Uu]se "):
             score.score(graph, model, name, calibration=calibration)
         return
     wanted = getattr(reference, name)(model, batches)

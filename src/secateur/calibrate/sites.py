@@ -1,7 +1,8 @@
 """Where in the captured graph the units of a group can be seen: what leaves them, and which layers take them in.
 
 A *layer* is an op with a weight that contracts one dimension of the data with one of the weight. It *produces* the axes of the
-weight's other dimensions and *consumes* those of the contracted one.
+weight's other dimensions and *consumes* those of the contracted one. Linear layers, convolutions and products with a matrix
+of parameters are layers; recurrences, einsum and bilinear forms are not seen as such.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ def wanda(graph: Graph, model: nn.Module, calibration: Calibration) -> Scores:
     """sum_j |W_:j| rms(x_j), every group divided by its mean. Returns {group: float64 (units,)}.
 
     A group that no layer's weight contracts (queries and keys, which meet each other) is scored by rms(x) where it is
-    produced, as if by weights of one; a group that no tensor shows scores infinity and stays whole.
+    produced, as if by weights of one; a group that no tensor shows scores infinity and stays whole. Recurrences, einsum and
+    bilinear forms do not count among the layers that take a unit in.
 
     Raises:
         DataError: a batch that does not run, or activations that are not finite.
