@@ -49,17 +49,27 @@ def trained_resnet56() -> nn.Module:
     return model.eval()
 
 
-def images(file: str, first: int | None = None) -> tuple[Tensor, Tensor]:
-    """Normalised images (N, 3, 32, 32) float32 and labels (N,) int64 of `cifar10_{file}.npz`; only the `first` N."""
+def pixels(file: str, first: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of `cifar10_{file}.npz`; only the `first` N."""
     with np.load(folder() / f"cifar10_{file}.npz") as archive:
         residual, label = archive["residual"][:, :first].copy(), archive["label"][:first].astype(np.int64)
     residual[:, :, :, 0] = np.cumsum(residual[:, :, :, 0], axis=2, dtype=np.uint8)
-    pixels = np.cumsum(residual, axis=3, dtype=np.uint8)
-    pixels[0] += pixels[1]
-    pixels[2] += pixels[1]
-    x = torch.from_numpy(pixels.transpose(1, 0, 2, 3).copy()).float().div_(255)
+    raw = np.cumsum(residual, axis=3, dtype=np.uint8)
+    raw[0] += raw[1]
+    raw[2] += raw[1]
+    return torch.from_numpy(raw.transpose(1, 0, 2, 3).copy()), torch.from_numpy(label)
+
+
+def normalised(raw: Tensor) -> Tensor:
+    """uint8 images (N, 3, 32, 32) as the published ResNets take them, float32."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return x.sub_(mean).div_(std), torch.from_numpy(label)
+    return raw.float().div_(255).sub_(mean).div_(std)
+
+
+def images(file: str, first: int | None = None) -> tuple[Tensor, Tensor]:
+    """Normalised images (N, 3, 32, 32) float32 and labels (N,) int64 of `cifar10_{file}.npz`; only the `first` N."""
+    raw, label = pixels(file, first)
+    return normalised(raw), label
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch: int = 500) -> float:
