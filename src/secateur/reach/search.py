@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -36,7 +36,8 @@ class Options:
         close: a step is near enough when it is at most this share below the budget.
         accept: so far may the deciding reading be below the budget before the search goes on.
         steps: cuts and measurements at most.
-        variants: other plans to try in place of the one found (aligned widths); each no worse by score.
+        forms: other shapes of a plan (aligned widths), each no worse by score. They are measured beside the first plan, and
+            the fastest of them, where it is no slower than the plan itself, is what the search goes on with.
         say: told of every step.
     """
 
@@ -44,8 +45,8 @@ class Options:
     final_rounds: int = 31
     close: float = 0.03
     accept: float = 0.05
-    steps: int = 24
-    variants: Callable[[Plan], Iterable[Plan]] | None = None
+    steps: int = 26
+    forms: Sequence[Callable[[Plan], Plan]] = ()
     say: Progress | None = None
 
 
@@ -112,7 +113,7 @@ def reach(
         readers = [stack.enter_context(t.beside(model, args, kwargs)) for t in targets]
         stack.enter_context(torch.set_grad_enabled(grad))  # a planner may need the gradients that a measurement goes without
         search = _Search(planner, realise, targets, readers, options or Options())
-        found = search.better(search.run())
+        found = search.run()
     return Reached(found.plan, [row(t, r) for t, r in zip(targets, found.readings, strict=True)], search.trail)
 
 
@@ -131,9 +132,19 @@ class _Search:
         self.points: dict[float, Plan] = {}
         self.refused: TargetError | None = None
         self.dead = 0.0
+        self.form: Callable[[Plan], Plan] | None = None
 
     def run(self) -> Try:
-        while len(self.trail) < self.options.steps:
+        try:
+            return self._search(self.options.steps)
+        except TargetError:
+            if self.form is None:
+                raise
+        self.form, self.points, self.dead = None, {}, 0.0  # rounded up, the narrowest widths are too wide: as planned, then
+        return self._search(len(self.trail) + self.options.steps)
+
+    def _search(self, steps: int) -> Try:
+        while len(self.trail) < steps:
             low, top = self._bracket()
             if low is None and self._top(top) - self.dead < max(0.002, 0.04 * self._top(top)):
                 break
@@ -159,9 +170,23 @@ class _Search:
         except TargetError as error:
             self.refused, self.dead = error, fraction
             return
+        plan = self.form(plan) if self.form else plan
+        first = not self.read
         if widths(plan) not in self.read:
             self.measure(plan, fraction, self.options.rounds)
-        self.points[fraction] = plan
+        self.points[fraction] = self._best_form(plan, fraction) if first else plan
+
+    def _best_form(self, plan: Plan, fraction: float) -> Plan:
+        """Of the plan and its other forms the one that measures fastest, which is the form of what follows."""
+        best = self.read[widths(plan)]
+        for form in self.options.forms:
+            other = form(plan)
+            if widths(other) in self.read:
+                continue
+            tried = self.measure(other, fraction, self.options.rounds, f"aligned to {other.why.get('aligned', '?')}")
+            if tried.share <= best.share:
+                best, self.form = tried, form
+        return best.plan
 
     def again(self, tried: Try) -> None:
         """Measure once more, with as many rounds as decide."""
@@ -253,25 +278,11 @@ class _Search:
             f"  The nearest reachable is {worst.figure}={percent}%; ask for that much or more, or drop entries of ignore=."
         )
 
-    def better(self, found: Try) -> Try:
-        """`found`, or a variant of it that keeps more within the budgets, or as much in less."""
-        for plan in self.options.variants(found.plan) if self.options.variants else ():
-            if widths(plan) in self.read:
-                continue
-            tried = self.measure(plan, found.fraction, self.options.final_rounds, f"aligned to {plan.why.get('aligned', '?')}")
-            if tried.share <= found.share or (tried.meets and units(plan) > units(found.plan)):
-                found = tried
-        return found
-
 
 def widths(plan: Plan) -> str:
     """A short name for the kept counts of all groups: plans of the same widths run alike."""
     text = ";".join(f"{name}={int(mask.sum())}" for name, mask in sorted(plan.keep.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def units(plan: Plan) -> int:
-    return sum(int(mask.sum()) for mask in plan.keep.values())
 
 
 def row(target: MeasuredTarget, reading: Reading) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from secateur.reach.search import Options, reach, row, shown
 from secateur.surgery import cut
 from secateur.trace import Graph
 
-MOST_MORE = 1.25  # times the MACs: alignment of narrow layers that costs more than that is not worth a measurement
+MULTIPLES = (8, 16)  # channels in one register or block of the common kernels
 
 
 def within(
@@ -28,7 +29,7 @@ def within(
 
     Args:
         planner: counted targets -> a plan that meets them all.
-        scores: of the groups; with them widths aligned to 8 and to 4 channels are tried too.
+        scores: of the groups; with them widths aligned to 8 and to 16 channels are tried too.
 
     Raises:
         InputError, ModelError, TargetError: as `reach` and the planner.
@@ -45,17 +46,14 @@ def within(
         ways.append(done.how)
         return done.model
 
-    def aligned(plan: Plan) -> Iterable[Plan]:
-        for multiple in (8, 4):
-            other = align(graph, plan, scores or {}, multiple)
-            allowed = all(getattr(other.after, t.figure) <= t.limit(dense) for t in counted)
-            if allowed and other.after.macs <= MOST_MORE * plan.after.macs:
-                yield other
+    def aligned(multiple: int, plan: Plan) -> Plan:
+        other = align(graph, plan, scores or {}, multiple)
+        return other if all(getattr(other.after, t.figure) <= t.limit(dense) for t in counted) else plan
 
     args, kwargs = graph.program.example_inputs
     options = options or Options()
-    if scores is not None and options.variants is None:
-        options = replace(options, variants=aligned)
+    if scores is not None and not options.forms:
+        options = replace(options, forms=[partial(aligned, n) for n in MULTIPLES])
     found = reach(
         lambda fraction: planner(*counted, MACs(at_most=max(1, int(fraction * dense.macs)))),
         realise, measured, model, args, kwargs, options,
