@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def run(out: str | Path | None = None, *, seed: int = 0, quiet: bool = False) ->
         timed = _timed(dense, done, data)
     sides = {name: timed.seconds[name].to_json() for name in ("dense", "pruned")}
     job.write_report(
-        done, latency=[{"runtime": "torch", "threads": sides["dense"]["threads"], "batch": ROWS, **sides}],
-        settings={"command": f"secateur demo --seed {seed}"},
+        done, latency=[{"runtime": "torch", "threads": sides["dense"]["threads"], "batch": ROWS, **sides, "ratio": timed.ratio["pruned"]}],
+        settings={"command": f"secateur demo --seed {seed} -o {shlex.quote(str(out))}"},
     )  # fmt: skip
     if not quiet:
         _show(done, timed)

@@ -79,6 +79,8 @@ def test_latency_samples_get_their_quartiles():
     assert (row["dense"]["low"], row["dense"]["median"], row["dense"]["high"], row["dense"]["rounds"]) == (low, middle, high, 5)
     assert row["pruned"]["median"] == 0.1
     assert row["ratio"] == pytest.approx(1 / 3) and row["speedup"] == pytest.approx(3)
+    (paired,) = report.facts(None, latency=[{"runtime": "torch", "dense": samples, "pruned": [0.1], "ratio": 0.25}])["latency"]
+    assert paired["ratio"] == 0.25 and paired["speedup"] == 4
 
 
 def test_facts_are_plain_json_and_come_back():

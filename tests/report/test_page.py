@@ -116,6 +116,36 @@ def test_the_verdict_does_not_flatter(passed, met, word):
     assert ("does NOT compute" in text) == (not passed)
 
 
+def drawn(text, section, shape):
+    """Attributes of the shapes of one kind in one section, in order."""
+    body = text.partition(f'<section id="{section}"')[2].partition("</section>")[0]
+    return [attributes for name, attributes in Page(body).elements if name == shape]
+
+
+def test_charts_are_drawn_where_the_numbers_are():
+    sheet = sheets.full(9)
+    text = report.render(sheet)
+    points = sorted(sheet["pareto"], key=lambda row: row["share"])
+    dots = [(float(d["cx"][:-1]), float(d["cy"][:-1])) for d in drawn(text, "pareto", "circle")]
+    assert len(dots) == len(points)
+    (line,) = drawn(text, "pareto", "polyline")
+    assert [tuple(map(float, p.split(","))) for p in line["points"].split()] == dots, "the line goes through the dots"
+    for axis, key, up in ((0, "share", 1), (1, "accuracy", -1)):  # the page's y grows downwards
+        a, b, c = [dots[i][axis] for i in (0, 3, 6)], [points[i][key] for i in (0, 3, 6)], up
+        assert (a[1] - a[0]) / (a[2] - a[0]) == pytest.approx((b[1] - b[0]) / (b[2] - b[0]), abs=1e-3)
+        assert (a[2] - a[0]) * c > 0
+    bars = [float(r["width"][:-1]) for r in drawn(text, "layers", "rect")]
+    most = max(row["before"] for row in sheet["groups"])
+    assert bars == pytest.approx([100 * row[key] / most for row in sheet["groups"] for key in ("before", "after")], abs=1e-3)
+    steepest = max(sheet["sensitivity"], key=lambda row: max(p["error"] for p in row["points"]))
+    heights = [float(d["cy"][:-1]) for d in drawn(text, "sensitivity", "circle")[:8]]
+    errors = [p["error"] for p in steepest["points"]]
+    assert heights == sorted(heights) and errors == sorted(errors, reverse=True), "the most sensitive first, more error higher up"
+    ends = [float(d["cx"][:-1]) for d in drawn(text, "repairs", "circle")]
+    errors = [row[key] for row in sheet["repairs"] for key in ("error_cut", "error_repaired")]
+    assert ends == pytest.approx([2 + 96 * e / max(errors) for e in errors], abs=1e-3)
+
+
 def test_two_thousand_groups_stay_a_page():
     text = report.render(sheets.full(2000))
     assert len(text) < 8_000_000

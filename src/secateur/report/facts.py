@@ -14,8 +14,9 @@ means: not measured. Shares, accuracies and errors are fractions (0.5, not 50), 
 | `cost` | rows of `figure` (macs, params, bytes, peak_bytes), `dense`, `pruned`, `share` = pruned / dense |
 | `targets` | rows of `asked` (text), `figure`, `limit`, `achieved`, `used` = achieved / limit, `met` (true, false or "within 5 %") |
 | `accuracy` | `metric`, `rows` tested, `stages`: rows of `stage` (dense, cut, batch_norm, repaired), `value`, `points` beside dense |
-| `latency` | rows of `runtime`, `threads`, `batch`, `dtype`, `dense`, `pruned`, `ratio` = pruned / dense of the medians, `speedup` |
-| | where `dense` and `pruned` hold `samples`, `rounds`, `median`, and the quartiles `low` and `high` |
+| `latency` | rows of `runtime`, `threads`, `batch`, `dtype`, `dense`, `pruned`, `ratio` = pruned / dense, `speedup` = 1 / ratio |
+| | where `dense` and `pruned` hold `samples`, `rounds`, `median`, and the quartiles `low` and `high`; a ratio that is given |
+| | (of paired rounds) stays, else it is that of the medians |
 | `groups` | rows of `name`, `kind`, `before`, `after`, `share`; where known `macs_saved`, `params_saved` |
 | `cut_groups` | how many `groups` there are (`all`) and how many of them lost units (`cut`) |
 | `frozen` | rows of `reason`, `axes` (how many), `sizes`, `where` (examples) |
@@ -242,7 +243,7 @@ def _timed(rows: Any, sheet: Mapping[str, Any]) -> list[dict[str, Any]]:
     done = []
     for row in rows:
         dense, pruned = (_side(row.get(name)) for name in ("dense", "pruned"))
-        part = ratio(pruned.get("median"), dense.get("median"))
+        part = row.get("ratio", ratio(pruned.get("median"), dense.get("median")))
         done.append({"ratio": part, "speedup": ratio(1, part), **row, "dense": dense, "pruned": pruned})
     return done
 

@@ -11,7 +11,9 @@ for (const title of all("svg title")) {
   title.remove();
 }
 const tip = at("tip");
+let told = null;
 function show(mark, x, y) {
+  told = mark;
   tip.textContent = mark.dataset.tip;
   tip.hidden = false;
   const held = mark.getBoundingClientRect(), own = tip.getBoundingClientRect();
@@ -33,7 +35,9 @@ addEventListener("focusin", (event) => {
   if (mark && mark.matches(":focus-visible")) show(mark); else if (!mark) hide();
 });
 addEventListener("focusout", hide);
-addEventListener("scroll", hide, { passive: true });
+addEventListener("scroll", () => {  // moving to a mark by keyboard may scroll: then its words go with it
+  if (!tip.hidden && told === document.activeElement) show(told); else hide();
+}, { passive: true });
 addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
 
 // One stop of the Tab key per chart; inside, the arrow keys go from mark to mark.
