@@ -254,6 +254,13 @@ def test_prune_meets_peak_memory_beside_counted_targets(net):
     assert Plan.from_json(result.plan.to_json()) == result.plan
 
 
+def test_a_counted_target_binds_where_it_is_the_tighter(net):
+    result = prune(net, (X,), PeakMemory("90%"), MACs("30%"))
+    assert result.after.macs <= 0.3 * result.before.macs
+    memory, macs = result.plan.why["achieved"]
+    assert memory["share"] <= 1 and macs["ratio"] <= 0.3
+
+
 def test_prune_tells_what_it_achieved_of_counted_targets_too(net):
     result = prune(net, (X,), MACs("50%"))
     (row,) = result.plan.why["achieved"]

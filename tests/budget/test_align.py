@@ -99,8 +99,11 @@ def test_units_of_infinite_score_stay(plain):
     graph, name = plain, "0:out"
     held = {n: torch.arange(1.0, g.size + 1) for n, g in graph.groups.items()}
     held[name][:13] = float("inf")
-    planned = plan(graph, held, MACs("30%"))
-    assert align(graph, planned, held, 8).keep[name][:13].all()
+    keep = {n: torch.ones(g.size, dtype=torch.bool) for n, g in graph.groups.items()}
+    keep[name] = torch.arange(32) < 13
+    planned = plan(graph, held, MACs("90%"))
+    made = align(graph, type(planned)(keep, planned.before, graph.cost(keep)), held, 8)
+    assert made.keep[name][:13].all() and int(made.keep[name].sum()) == 16
 
 
 def test_senseless_calls_are_refused(traced):
