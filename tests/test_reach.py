@@ -1,14 +1,17 @@
 """The search for a measured target, with a clock that is only a formula: found in tolerance, under noise, or refused."""
 
+import json
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
+from secateur import cli
 from secateur import score as criteria
 from secateur.budget import MACs, MeasuredTarget, Params, PeakMemory, Reading, plan
 from secateur.errors import InputError, TargetError
@@ -288,3 +291,30 @@ def test_a_real_planner_gives_a_plan_at_every_step(net):
         lambda made: Cutout(made.after.macs / made.before.macs), [Clock("40%", line(0.05))], net, (X,),
     )  # fmt: skip
     assert 0.38 <= found.achieved[0]["ratio"] <= 0.4
+
+
+# ---------------------------------------------------------------- on the command line
+NET = f"{Path(__file__).parent / 'models' / 'nets.py'}:net"
+
+
+def test_the_command_line_prints_asked_and_achieved(capsys):
+    assert cli.main(["prune", NET, "--at-most", "peak_memory=90%", "--at-most", "macs=70%", "--input", "4x1x8x8"]) == 0
+    text = capsys.readouterr().out
+    assert "asked PeakMemory(at_most='90%')" in text and "asked MACs(at_most='70%')" in text
+    assert cli.main(["prune", NET, "--at-most", "peak_memory=90%", "--input", "4x1x8x8", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["why"]["achieved"][0]["ratio"] <= 0.9 and facts["why"]["trail"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["prune", NET, "--at-most", "latency=120%"], 2, "below 100 %"),
+        (["prune", NET, "--at-most", "latency=60%@tensorrt"], 2, "unknown runtime 'tensorrt'"),
+        (["measure", NET, "--runtime", "tensorrt", "--input", "4x1x8x8"], 2, "unknown runtime 'tensorrt'"),
+        (["prune", NET, "--at-most", "peak_memory=1%", "--input", "4x1x8x8"], 1, "nearest reachable is peak_memory="),
+    ],
+)
+def test_the_command_line_refuses_in_words(capsys, arguments, code, said):
+    assert cli.main(arguments) == code
+    assert said in capsys.readouterr().err

@@ -66,3 +66,21 @@ def test_measure_on_the_meta_device_has_everything_but_seconds():
     found = measure(nn.Linear(4, 6, device="meta"), (torch.zeros(3, 4),)).to_json()
     assert (found["macs"], found["latency_median_s"], found["device"]) == (72, None, "meta")
     assert found["peak_bytes"] == 120 + 3 * 4 * 4 + 3 * 6 * 4
+
+
+def test_the_least_of_a_few_turns_leaves_out_what_others_take(monkeypatch):
+    """Every second call is held up, as by another process: the least of four turns does not show it, one turn does."""
+    now, calls = [0.0], []
+    monkeypatch.setattr("secateur.measure.latency.time.perf_counter", lambda: now[0])
+
+    def steady():
+        now[0] += 0.004
+
+    def held_up():
+        calls.append(None)
+        now[0] += 0.004 if len(calls) % 2 else 0.02
+
+    assert compare({"steady": steady, "held up": held_up}, rounds=4, least_of=4).ratio["held up"] == pytest.approx(1)
+    assert compare({"steady": steady, "held up": held_up}, rounds=4).ratio["held up"] == pytest.approx(3)
+    with pytest.raises(InputError, match="1 turn"):
+        compare({"f": steady}, least_of=0)
