@@ -71,7 +71,7 @@ def test_measure_on_the_meta_device_has_everything_but_seconds():
 def test_the_least_of_a_few_turns_leaves_out_what_others_take(monkeypatch):
     """Every second call is held up, as by another process: the least of four turns does not show it, one turn does."""
     now, calls = [0.0], []
-    monkeypatch.setattr("secateur.measure.latency.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def steady():
         now[0] += 0.004
