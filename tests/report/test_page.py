@@ -113,7 +113,7 @@ def test_the_verdict_does_not_flatter(passed, met, word):
     text = report.render(sheet)
     badge = re.search(r'class="badge (\w+)">.*?</span> ([\w ]+)</span>', text)
     assert badge[2] == word and badge[1] == ("good" if passed and met else "bad")
-    assert ("does NOT compute" in text) == (not passed)
+    assert ("was NOT proven" in text) == (not passed)
 
 
 def drawn(text, section, shape):

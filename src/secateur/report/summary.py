@@ -96,8 +96,8 @@ def verdict(facts: Mapping[str, Any]) -> Html:
         parts.append(join("runs ", times(fast["speedup"]), f" as fast on {fast.get('runtime', 'this machine')}"))
     proof = facts.get("proof")
     if proof:
-        does = "computes" if proof.get("passed") else "does NOT compute"
-        parts.append(join(f"{does} what the masked original computes"))
+        was = "was" if proof.get("passed") else "was NOT"  # as cut: what a repair changes afterwards is no part of the proof
+        parts.append(join(f"{was} proven, as cut, against the masked original"))
     if not parts:
         return join("Nothing was measured.")
     sentence = join("The pruned model ", parts[0])
