@@ -98,8 +98,9 @@ class Moments:
 
 def flap(moments: Moments) -> Score:
     """FLAP (An et al. 2024): fluctuation of an input times the squared norm of its weights, var(x_j) * |W_:j|^2, summed
-    over a unit and its consumers, standardised within a group so that all groups are ranked together. Groups that no
-    linear layer reads (the dimensions of queries and keys) stay."""
+    over a unit and its consumers, divided by the mean of its group so that all groups are ranked together. (The paper
+    standardises; two key-value groups then always come first, and lm_shakespeare at -20 % has perplexity 9.9, not 5.8.)
+    Groups that no linear layer reads (the dimensions of queries and keys) stay."""
 
     def score(graph: sc.Graph, model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         found = {}
@@ -110,8 +111,8 @@ def flap(moments: Moments) -> Score:
                 w = layer.weight.detach().double()
                 each = moments.variance(layer_name) * w.transpose(0, 1).flatten(1).square().sum(1)
                 total, read = total + each[positions].sum(1), True
-            spread = total.std() if group.size > 1 else total.new_ones(())
-            found[name] = (total - total.mean()) / (spread + 1e-12) if read else torch.full_like(total, torch.inf)
+            mean = total.mean() if total.mean() > 0 else total.new_ones(())
+            found[name] = total / mean if read else torch.full_like(total, torch.inf)
         return found
 
     return score

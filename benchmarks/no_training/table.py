@@ -62,7 +62,7 @@ def line(task: Task, ratio: str, method: str, rows: list[Row]) -> str:
         return _cells(ratio, title, f"failed: {rows[0]['error'][:120]}", *[""] * (len(metrics) + 2), "0")
     cells = [spread([row[m] for row in good], digits(m)) for m in metrics]
     macs = f"{statistics.fmean(row['macs_percent'] for row in good):.2f} %"
-    seconds = f"{statistics.fmean(row['seconds'] for row in good):.0f}" if method != "dense" else ""
+    seconds = f"{statistics.fmean(row.get('cpu_seconds', row['seconds']) for row in good):.0f}" if method != "dense" else ""
     bar = asked(task, ratio, good) if method == "ours" else ""
     failed = f", {len(rows) - len(good)} failed" if len(good) < len(rows) else ""
     return _cells(ratio, title, *cells, bar, macs, seconds, f"{len(good)}{failed}")
