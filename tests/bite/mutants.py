@@ -20,6 +20,8 @@ class Mutant:
 CUT = "tests/structures/test_structures.py::test_cut_is_the_masked_original"
 BUDGET = "tests/budget/test_budget.py"
 CRITERIA = "tests/score/test_criteria.py"
+REFERENCES = "tests/score/test_references.py"
+CALIBRATION = "tests/calibrate/test_calibration.py"
 PROOF = "tests/measure/test_proof.py"
 PRUNE = "tests/test_prune.py"
 
@@ -121,5 +123,40 @@ MUTANTS: list[Mutant] = [
         "            for d in graph.tensors.get(tensor, ()):\n                freeze(d, f\"ignored by {pattern!r}\")\n",
         "",
         (f"{PRUNE}::test_ignore_is_obeyed",),
+    ),
+    Mutant(
+        "a convolution in groups pairs weights with the wrong channels",
+        "secateur/calibrate/activations.py",
+        ".transpose(1, 2).flatten(0, 1)",
+        ".flatten(0, 1)",
+        (f"{REFERENCES}::test_criterion_is_its_slow_twin[wanda-Grouped]",),
+    ),
+    Mutant(
+        "units take the statistics of other positions",
+        "secateur/calibrate/activations.py",
+        "values[self.positions]",
+        "values[self.units]",
+        (f"{REFERENCES}::test_criterion_is_its_slow_twin[wanda-Grouped]",),
+    ),
+    Mutant(
+        "a small batch counts as much as a large one",
+        "secateur/calibrate/gradients.py",
+        "mean.get(n, 0) + batch.rows * g\n",
+        "mean.get(n, 0) + g\n",
+        (f"{CALIBRATION}::test_batches_of_any_size_give_the_same_means",),
+    ),
+    Mutant(
+        "parameters go on asking for gradients",
+        "secateur/calibrate/gradients.py",
+        "                p.requires_grad_(flag)\n",
+        "                pass\n",
+        (f"{CALIBRATION}::test_the_model_and_the_data_are_left_as_they_were",),
+    ),
+    Mutant(
+        "synaptic flow of the model itself",
+        "secateur/score/synflow.py",
+        "    copy = doubled(model)\n",
+        "    copy = model\n",
+        (f"{CALIBRATION}::test_the_model_and_the_data_are_left_as_they_were",),
     ),
 ]

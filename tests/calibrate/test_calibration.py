@@ -67,14 +67,17 @@ def test_float32_sums_are_those_of_float64():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(dtype):
-    """4,096 ones are more than a half-precision sum of ones can count beyond 2,048 (256 in bfloat16)."""
+    """4,097 is no number of half precision, and the square of 300 is none of float16."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 2)).to(dtype)
     with torch.no_grad():
-        model[0].weight.fill_(1.0)
+        model[2].weight *= 1e-3  # a loss that half precision holds
+        model[0].weight.copy_(torch.tensor([[1.0], [1.0], [300.0]]))
         model[0].bias.zero_()
-    x = torch.ones(4096, 1, dtype=dtype)
-    _, found = calibrated(model, [(x, torch.zeros(4096, dtype=torch.long))])
-    assert found.activations["0:out"].mean.tolist() == [1.0, 1.0, 1.0]
+    x = torch.ones(4097, 1, dtype=dtype)
+    _, found = calibrated(model, [(x, torch.zeros(4097, dtype=torch.long))])
+    assert found.activations["0:out"].mean.tolist() == [1.0, 1.0, 300.0]
+    assert found.activations["0:out"].mean_square.tolist() == pytest.approx([1.0, 1.0, 90000.0], rel=1e-6)
     assert score.score(found.graph, model, "taylor", calibration=found)["0:out"].dtype == torch.float64
 
 
@@ -193,6 +196,7 @@ class Restless(nn.Module):
 
     def forward(self, x):
         self.calls += 1
+        x.clamp_(max=0.5)
         if self.fail:
             raise RuntimeError("out of order")
         return self.b(self.drop(torch.relu(self.norm(self.a(x)))))
