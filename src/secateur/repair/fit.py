@@ -113,3 +113,17 @@ def _put(state: dict[str, Tensor], name: str, value: Tensor, rows: Tensor) -> No
     new = state[name].detach().clone()
     new[rows] = value.reshape(-1)[rows].to(new.dtype)
     state[name] = new
+
+
+def written_plainly(layer: Layer, state: dict[str, Tensor], fit: Affine, norm: Mapping[str, str] | None, eps: float) -> None:
+    """Put a map into the state for a trial: with a batch norm, the norm becomes the identity plus the bias."""
+    state[layer.weight] = layer.stored(fit.w, state[layer.weight])
+    flat = fit.b.reshape(-1)
+    names = {layer.bias: flat} if layer.bias and norm is None else {}
+    if norm is not None:
+        one, zero = torch.ones_like(flat), torch.zeros_like(flat)
+        names = {norm["running_mean"]: zero, norm["running_var"]: one - eps, norm["weight"]: one, norm["bias"]: flat}
+        if layer.bias:
+            names[layer.bias] = zero
+    for name, value in names.items():
+        state[name] = value.to(state[name].dtype)

@@ -21,11 +21,12 @@ from secateur.calibrate.moments import Moments
 from secateur.measure.run import batch_of
 from secateur.repair.fit import Affine, LayerRepair, bias_only, folded, least_squares, written
 from secateur.repair.flow import Flow, Runner, sources
-from secateur.repair.layers import Layer, features_of, find_layers, norm_names
-from secateur.repair.solve import RIDGE, Problem, eliminate
+from secateur.repair.layers import Layer, find_layers, norm_names
+from secateur.repair.rectified import BYTES, Rows, rectified, rectified_error
+from secateur.repair.solve import RIDGE
 from secateur.repair.target import Target, find_target
 from secateur.trace import Graph
-from secateur.trace.call import bind, tensors_in
+from secateur.trace.call import bind, op_name, tensors_in
 
 Feeds = Sequence[tuple[tuple, Mapping]]
 
@@ -57,8 +58,6 @@ class Repair:
         graph: a trace at the batch size of the feeds.
         keep: masks by group. dense: every tensor of the model by state name, left as it is.
         feeds: calibration chunks as (args, kwargs), all of the shapes of the trace.
-        count: groups whose units are chosen here, by elimination on the moments of the pruned network: units that stay.
-            Only groups that `sole_readers` names.
     """
 
     def __init__(
@@ -68,10 +67,9 @@ class Repair:
         dense: Mapping[str, Tensor],
         feeds: Feeds,
         settings: Settings | None = None,
-        count: Mapping[str, int] | None = None,
     ):
         self.settings = settings or Settings()
-        self.graph, self.keep, self.count = graph, dict(keep), dict(count or {})
+        self.graph, self.keep = graph, dict(keep)
         self.state = dict(dense)
         self.layers = find_layers(graph)
         self.chunks, self.samples = len(feeds), sum(batch_of(*f) for f in feeds)
@@ -83,7 +81,7 @@ class Repair:
         self.upstream = _upstream(graph, reads, self.pruned.runner, {x.node for x in self.layers})
         self.by_node = {x.node: x for x in self.layers}
         self.targets = {x.node: find_target(x) for x in self.layers if not x.why_not}
-        self.affected = _affected(graph, reads, {**self.keep, **{n: torch.zeros(graph.groups[n].size) for n in self.count}})
+        self.affected = _affected(graph, reads, self.keep)
         self.done: set[fx.Node] = set()
         self.busy: set[fx.Node] = set()
         self.rows: list[LayerRepair] = []
@@ -123,24 +121,14 @@ class Repair:
                 else:
                     for x in self.upstream[target.other]:
                         self.fit(self.by_node[x])
-            self._decide(layer, *self._moments(layer, target))
+            self._decide(layer, self._moments(layer, target))
         for flow, node in self._asked(layer):
             flow.release(node)
         self.busy.discard(layer.node)
         self.done.add(layer.node)
 
     def _wanted(self, layer: Layer) -> bool:
-        if not bool(self._inputs(layer).all()) or self._open(layer):
-            return True
-        return self.settings.everywhere and layer.source in self.affected
-
-    def _open(self, layer: Layer) -> dict[str, Tensor]:
-        """Groups that are decided here, with their columns."""
-        found = {}
-        for name in self.count:
-            if name not in self.keep and (columns := features_of(self.graph, layer, self.graph.groups[name])) is not None:
-                found[name] = columns
-        return found
+        return not bool(self._inputs(layer).all()) or self.settings.everywhere and layer.source in self.affected
 
     # ------------------------------------------------------------ masks
     def _masks(self, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -163,71 +151,87 @@ class Repair:
             self.state[layer.weight] = torch.where(inputs.view(shape), w, torch.zeros((), dtype=w.dtype))
 
     # ------------------------------------------------------------ statistics
-    def _moments(self, layer: Layer, target: Target) -> tuple[Moments, Moments]:
+    def _moments(self, layer: Layer, target: Target) -> Sample:
         """Moments of what the layer sees and should give, for the fit and held out."""
         s, places = self.settings, layer.places
-        wanted = max(s.least, s.rows * layer.features(self.state[layer.weight]))
+        features = layer.features(self.state[layer.weight])
+        wanted = max(s.least, s.rows * features)
         take = min(places, max(1, -(-wanted // max(1, self.samples))))
         random = torch.Generator().manual_seed(s.seed)
-        fit = held = None
+        outputs = self.state[layer.weight].shape[1 if layer.transposed else 0]
+        fit, held = (Moments(layer.groups, features, outputs // layer.groups) for _ in range(2))
+        sample = Sample(fit, held, Rows(), Rows(), _rectified(target.join or layer.end))
         for chunk in range(self.chunks):
             x = self.pruned.value(chunk, layer.source)
             at = None if take == places else torch.randperm(places, generator=random)[:take].sort()[0]
-            rows, t = layer.rows(x, at), layer.outputs(self._target(chunk, layer, target), at)
-            if fit is None:
-                fit = Moments(rows.shape[0], rows.shape[2], t.shape[2])
-                held = Moments(rows.shape[0], rows.shape[2], t.shape[2])
-            (held if self.chunks > 1 and chunk % s.held_out == s.held_out - 1 or chunk == self.chunks - 1 > 0 else fit).add(rows, t)
+            rows, (whole, other) = layer.rows(x, at), self._target(chunk, layer, target)
+            t = layer.outputs(whole, at)
+            out = chunk % s.held_out == s.held_out - 1 or chunk == self.chunks - 1 > 0
+            (held if out else fit).add(rows, t)
             if chunk == 0:
                 held.shifted_like(fit)
-        assert fit is not None and held is not None
-        return fit, held
+            if sample.rectified:
+                share = BYTES / (4.0 * self.chunks * (rows.numel() + 2 * t.numel()))
+                o = None if other is None else layer.outputs(other, at)
+                (sample.held_rows if out else sample.fit_rows).add(rows, t, o, min(1.0, share))
+        return sample
 
-    def _target(self, chunk: int, layer: Layer, target: Target) -> Tensor:
+    def _target(self, chunk: int, layer: Layer, target: Target) -> tuple[Tensor, Tensor | None]:
+        """The target in the shape of the layer's end, and what the other branch delivers there."""
         if target.join is None or target.other is None:
-            return self.dense.value(chunk, layer.end)
-        return target.pull(self.dense.value(chunk, target.join) - self.pruned.value(chunk, target.other))
+            return self.dense.value(chunk, layer.end), None
+        other = self.pruned.value(chunk, target.other)
+        return target.pull(self.dense.value(chunk, target.join) - other), target.pull(other)
 
     # ------------------------------------------------------------ the decision
-    def _decide(self, layer: Layer, fit: Moments, held: Moments) -> None:
+    def _decide(self, layer: Layer, sample: Sample) -> None:
         names = norm_names(self.graph, layer.norm) if layer.norm else None
         eps = float(bind(layer.norm)["eps"]) if layer.norm else 0.0
         before = folded(layer, self.state, names, eps)
         with_bias = bool(names or layer.bias)
-        for name, columns in self._open(layer).items():
-            self._choose(name, columns, fit, before, with_bias)
-            self._zero_columns(layer)
         inputs, (_, outputs) = self._inputs(layer), self._masks(layer)
         if not bool(inputs.all()):
             before = Affine(torch.where(inputs, before.w, torch.zeros((), dtype=torch.float64)), before.b)
-        judge = held if held.rows else fit
-        scale = float(judge.central()[2][outputs].sum()) or 1.0
-        ridge = self.settings.ridge
-        tries = {"plain": before, "bias": bias_only(fit, before) if with_bias else before,
-                 "least squares": least_squares(fit, before, inputs, with_bias, ridge)}  # fmt: skip
-        errors = {k: v.error(judge, outputs) / scale for k, v in tries.items()}
+
+        def tries(m: Moments) -> dict[str, Affine]:
+            found = {"plain": before, "bias": bias_only(m, before) if with_bias else before}
+            found["least squares"] = least_squares(m, before, inputs, with_bias, self.settings.ridge)
+            if sample.rectified and with_bias:
+                found["rectified"] = rectified(m, found["least squares"], inputs, sample.fit_rows, self.settings.ridge)
+            return found
+
+        fits = tries(sample.fit)
+        errors = {k: sample.error(v, outputs) for k, v in fits.items()}
         used = min(errors, key=lambda k: (errors[k], k != "plain"))
         if used != "plain":
-            if held.rows:
-                fit += held
-            final = least_squares(fit, before, inputs, with_bias, ridge) if used == "least squares" else bias_only(fit, before)
-            written(layer, self.state, final, names, (fit, eps, outputs))
-        why = "" if used == "least squares" else "on held-out rows the fit is no better"
-        self.rows.append(LayerRepair(layer.name, fit.rows, *errors.values(), used, why))
+            written(layer, self.state, fits[used], names, (sample.fit, eps, outputs))
+        best = min(v for k, v in errors.items() if k not in ("plain", "bias"))
+        why = "on held-out rows the fit is no better" if used in ("plain", "bias") else ""
+        self.rows.append(LayerRepair(layer.name, sample.fit.rows, errors["plain"], errors["bias"], best, used, why))
 
-    def _choose(self, name: str, columns: Tensor, fit: Moments, before: Affine, with_bias: bool) -> None:
-        """Decide on the units of one open group by elimination on what this layer sees."""
-        a, b, _ = fit.central() if with_bias else fit.raw()
-        inputs = self._inputs(layer=self._reader(name))
-        everything = least_squares(fit, before, inputs, with_bias, self.settings.ridge)
-        order, _ = eliminate([Problem(a[0], everything.w[0].mT.contiguous(), columns)], len(columns) - self.count[name], self.settings.ridge)
-        kept = torch.ones(len(columns), dtype=torch.bool)
-        kept[order] = False
-        self.keep[name] = kept
-        self.pruned.runner.keep = self.graph.keep_axes(self.keep)
 
-    def _reader(self, name: str) -> Layer:
-        return next(x for x in self.layers if features_of(self.graph, x, self.graph.groups[name]) is not None)
+@dataclass
+class Sample:
+    """What was seen of one layer: moments and sampled rows, for the fit and held out of it."""
+
+    fit: Moments
+    held: Moments
+    fit_rows: Rows
+    held_rows: Rows
+    rectified: bool
+
+    def error(self, fit: Affine, outputs: Tensor) -> float:
+        """Relative error over the outputs that stay, on what was held out; after the ReLU where one follows."""
+        if self.rectified:
+            x, t, o = (self.held_rows if self.held_rows.x else self.fit_rows).joined()
+            scale = float(t.relu().var(1, correction=0).double()[outputs].sum())
+            return rectified_error(fit, x, t, o, outputs) / (scale or 1.0)
+        m = self.held if self.held.rows else self.fit
+        return fit.error(m, outputs) / (float(m.central()[2][outputs].sum()) or 1.0)
+
+
+def _rectified(node: fx.Node) -> bool:
+    return len(node.users) == 1 and op_name(next(iter(node.users))) == "relu"
 
 
 def _upstream(graph: Graph, reads: Mapping, runner: Runner, layers: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
