@@ -17,7 +17,7 @@ LAYERS = [
     ["score", "budget", "surgery"],
     ["repair"],
     ["models", "export", "runtime"],
-    ["recover", "report", "reach"],
+    ["recover", "report", "reach", "mend"],
     ["prune", "testing"],
     ["job"],
     ["terminal", "cli", "demo"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,51 +18,20 @@ from secateur.budget import MeasuredTarget, Target
 from secateur.calibrate import Calibration
 from secateur.calibrate import batches as batches
 from secateur.calibrate.loss import Loss
-from secateur.errors import CaptureError, InputError, ModelError, TargetError
+from secateur.errors import CaptureError, InputError, TargetError
+from secateur.measure.checks import check as check
 from secateur.measure.count import count
 from secateur.measure.proof import Proof, prove, require
-from secateur.measure.run import at_rest, forward, shapes
+from secateur.measure.run import at_rest, forward
+from secateur.mend import Progress, Result, mend, study_of
 from secateur.plan import Cost, Plan
 from secateur.reach import Options as Search
 from secateur.reach import achieved, measured_again, within
-from secateur.repair import batch_norm_statistics
+from secateur.repair import HOW, Study
+from secateur.repair.study import BY_CURVES
 from secateur.surgery import Cut, cut
-from secateur.surgery.optimizer import migrate
 from secateur.trace import Graph, analyse, parts, trace
 from secateur.trace.tracer import patterns
-
-Progress = Callable[[str], None]
-
-
-@dataclass
-class Result:
-    """What `prune` hands back.
-
-    Attributes:
-        model: the smaller model, in eval mode; an ordinary `nn.Module`.
-        plan: who stayed, and why.
-        proof: how far the cut model is from the masked original, before any repair.
-        before, after: cost counted on the dense and on the cut model.
-        graph: the trace of the dense model.
-        cut: how the cut was made.
-        notes: what the user should know (ops without a rule, a graph handed back, ...).
-    """
-
-    model: nn.Module
-    plan: Plan
-    proof: Proof
-    before: Cost
-    after: Cost
-    graph: Graph
-    cut: Cut
-    notes: list[str] = field(default_factory=list)
-    dense: nn.Module | None = field(default=None, repr=False)
-
-    def migrate(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """An optimizer of the same class for the cut model: same settings, its state (momentum ...) cut alike."""
-        if self.dense is None:
-            raise InputError("this result was loaded from a folder: the dense model that the optimizer belongs to is not known.")
-        return migrate(optimizer, self.dense, self.model, self.cut)
 
 
 def prune(
@@ -70,8 +39,9 @@ def prune(
     args: tuple,
     *targets: Target | MeasuredTarget,
     data: Iterable[Any] | None = None,
-    score: str | Callable | Mapping[str, torch.Tensor] = "l2",
-    allocation: str = "global",
+    score: str | Callable | Mapping[str, torch.Tensor] = "auto",
+    allocation: str = "auto",
+    repair: str = "auto",
     ignore: Sequence[str] = (),
     seed: int = 0,
     kwargs: Mapping[str, Any] | None = None,
@@ -79,17 +49,21 @@ def prune(
     loss: Loss | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Trace, score, plan, cut, prove, and re-estimate BatchNorm where data is given. `model` is never changed.
+    """Trace, score, plan, cut, prove, and repair where data is given. `model` is never changed.
 
     Args:
         model: a trained module.
         args, kwargs: example inputs, as the model is called. MACs are those of this call. A batch of two or more keeps the
             batch size free where the result is a rewritten graph.
         targets: `MACs`, `Params`, `Bytes`, and what is measured on real cuts: `Latency`, `PeakMemory`; all are met.
-        data: batches (a tensor, `(inputs, labels)`, or a dict of keyword inputs) for BatchNorm statistics, and for criteria that
-            need data: then something that can be read more than once.
-        score: the name of a criterion (`score.CRITERIA`), a function `(graph, model, seed)`, or {group: numbers}.
-        allocation: "global" or "uniform".
+        data: batches (a tensor, `(inputs, labels)`, or a dict of keyword inputs); something that can be read more than once.
+            At most 2,048 rows are used for the repair.
+        score: "obs" (the reconstruction error that a unit's removal causes; the default with data), the name of a criterion
+            (`score.CRITERIA`; without data "l2"), a function `(graph, model, seed)`, or {group: numbers}.
+        allocation: "curves" (spends the budget where error rises least; the default with "obs"), "sensitivity" or "search"
+            (the same, weighed by what the output says), "global" or "uniform".
+        repair: "least_squares" (the default with data: every layer is fitted anew to the dense network, without labels or
+            gradients), "bias" (biases only), "batch_norm" (statistics re-estimated) or "none".
         ignore: names or patterns of modules, parameters or groups that keep their shape.
         depth: whole residual blocks may go too, in the same ranking. The result is then a rewritten graph.
         loss: `loss(outputs, batch)` -> scalar tensor, for criteria that need gradients; by default what the model returns as
@@ -107,8 +81,9 @@ def prune(
     check(model, args, kwargs)
     say("trace")
     graph = _traced(model, args, kwargs, ignore)
-    statistics = None if data is None else lambda graph: Calibration(model, graph, data, args=args, kwargs=kwargs, loss=loss, seed=seed)
-    ask = _Asked(model, score, seed, targets, allocation, depth, say, statistics)
+    score, allocation, repair = _chosen(score, allocation, repair, data is not None)
+    how = _How(score, seed, allocation, depth, loss, data, kwargs, ignore)
+    ask = _Asked(model, args, targets, how, say)
     plan, done, proof = ask.carry_out(graph)
     if done.how == "graph" and not graph.removed_blocks(plan.keep):
         graph, plan, done, proof = ask.with_class(graph, ignore) or (graph, plan, done, proof)
@@ -118,9 +93,6 @@ def prune(
             "  Make forward() deterministic in eval mode."
         )
     require(proof, type(model).__name__)
-    if data is not None:
-        say("repair")
-        batch_norm_statistics(done.model, batches(data, args))
     before, after = count(model, args, kwargs), count(done.model, args, kwargs)
     notes = list(dict.fromkeys([*graph.notes, *done.notes]))
     if done.how == "graph":
@@ -131,7 +103,8 @@ def prune(
     plan = replace(plan, why={**plan.why, "achieved": achieved(targets, before, after, plan)})
     if after != plan.after:
         notes.append(f"the plan predicted {plan.after}, the cut model counts {after}: an op without a rule takes part")
-    return Result(done.model, plan, proof, before, after, graph, done, notes, model)
+    result = Result(done.model, plan, proof, before, after, graph, done, notes, model, study=ask.study)
+    return mend(result, data, repair, say=say) if data is not None else result
 
 
 def _is_random(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
@@ -153,28 +126,62 @@ def _kept_promise(targets: Sequence[Target | MeasuredTarget], before: Cost, afte
             )
 
 
+def _chosen(score: Any, allocation: str, repair: str, has_data: bool) -> tuple[Any, str, str]:
+    """What "auto" means.
+
+    Raises:
+        InputError: an unknown word, or something that needs data where there is none.
+    """
+    known = isinstance(score, str) and score == "auto"
+    score = ("obs" if has_data else "l2") if known else score
+    by_curves = isinstance(score, str) and score == "obs"
+    allocation = ("curves" if by_curves else "global") if allocation == "auto" else allocation
+    repair = ("least_squares" if has_data else "none") if repair == "auto" else repair
+    if repair not in HOW:
+        raise InputError(f"unknown repair {repair!r}.\n  There are: auto, {', '.join(HOW)}.")
+    if not has_data and (by_curves or repair != "none"):
+        asked = "score='obs'" if by_curves else f"repair={repair!r}"
+        raise InputError(f"{asked} needs calibration data.\n  Pass data=, batches of inputs; no labels are needed.")
+    if allocation in BY_CURVES and not by_curves:
+        raise InputError(
+            f"allocation={allocation!r} needs the error curves of score='obs', and the score is {score!r}.\n"
+            "  Use allocation='global' or 'uniform'."
+        )
+    return score, allocation, repair
+
+
+@dataclass(frozen=True)
+class _How:
+    """How to choose what goes."""
+
+    score: Any
+    seed: int
+    allocation: str
+    depth: bool
+    loss: Loss | None
+    data: Iterable[Any] | None
+    kwargs: Mapping[str, Any]
+    ignore: Sequence[str]
+
+
 @dataclass
 class _Asked:
     """What was asked of one model, so that it can be tried on more than one trace of it."""
 
     model: nn.Module
-    score: Any
-    seed: int
+    args: tuple
     targets: tuple[Target | MeasuredTarget, ...]
-    allocation: str
-    depth: bool
+    how: _How
     say: Progress
-    statistics: Callable[[Graph], Calibration] | None = None
+    study: Study | None = None
 
     def carry_out(self, graph: Graph) -> tuple[Plan, Cut, Proof]:
         self.say("score")
-        scores = criteria.score(graph, self.model, self.score, self.seed, self.statistics(graph) if self.statistics else None)
-        if self.depth:
-            scores = {**scores, **criteria.blocks(graph, self.model)}
+        how = self.how
+        planner, scores = self._by_curves(graph) if _is_obs(how.score) else self._by_scores(graph)
         self.say("plan")
-        planner = partial(budget.plan, graph, scores, allocation=self.allocation)
         plan = within(self.model, graph, self.targets, planner, scores, Search(say=self.say))
-        plan = _explained(plan, self.score, self.seed)
+        plan = _explained(plan, how.score, how.seed)
         self.say("cut")
         done = cut(self.model, graph, plan, values=False)  # the proof below compares values
         self.say("prove")
@@ -185,17 +192,45 @@ class _Asked:
             plan = measured_again(plan, done.model, self.targets, self.model, graph)
         return plan, done, proof
 
+    def _by_scores(self, graph: Graph) -> tuple[Callable[..., Plan], dict[str, torch.Tensor]]:
+        how = self.how
+        statistics = None
+        if how.data is not None:
+            statistics = Calibration(self.model, graph, how.data, args=self.args, kwargs=how.kwargs, loss=how.loss, seed=how.seed)
+        scores = criteria.score(graph, self.model, how.score, how.seed, statistics)
+        if how.depth:
+            scores = {**scores, **criteria.blocks(graph, self.model)}
+        return partial(budget.plan, graph, scores, allocation=how.allocation), scores
+
+    def _by_curves(self, graph: Graph) -> tuple[Callable[..., Plan], dict[str, torch.Tensor]]:
+        how = self.how
+        assert how.data is not None
+        self.study = study = study_of(self.model, graph, how.data, how.seed, say=self.say)
+        scores = study.scores()
+        if how.allocation in BY_CURVES:
+            return partial(study.plan, allocation=how.allocation, depth=how.depth), scores
+        return partial(budget.plan, graph, scores, allocation=how.allocation), scores
+
     def with_class(self, graph: Graph, ignore: Sequence[str]) -> tuple[Graph, Plan, Cut, Proof] | None:
         """The same with ties that let the user's class follow; None where that does not help or the budget is then out
         of reach."""
+        free = self.study
         tied = analyse(graph.capture, self.model, ignore, for_class=True)
         if {n: g.size for n, g in tied.groups.items()} == {n: g.size for n, g in graph.groups.items()}:
             return None
         try:
             plan, done, proof = self.carry_out(tied)
         except (TargetError, InputError):  # scores given by hand are for the groups of the free trace
+            self.study = free
             return None
-        return (tied, plan, done, proof) if done.how == "attributes" and proof.passed else None
+        if done.how == "attributes" and proof.passed:
+            return tied, plan, done, proof
+        self.study = free
+        return None
+
+
+def _is_obs(score: Any) -> bool:
+    return isinstance(score, str) and score == "obs"
 
 
 def _traced(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], ignore: Sequence[str]) -> Graph:
@@ -209,45 +244,6 @@ def _traced(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], ignore: Se
             f"{error}\n  Parts that can be captured: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. "
             "`sc.parts` hands each of them out with its inputs, to be pruned and put back."
         ) from error
-
-
-def check(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Refuse what could only fail later and worse: inputs that do not run, weights that are not finite.
-
-    Raises:
-        InputError: `args` is no tuple, the model does not run on the inputs.
-        ModelError: no parameters, NaN or infinite parameters, or parameters on the meta device.
-    """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module.\n  Pass the module itself.")
-    if not isinstance(args, (tuple, list)):
-        raise InputError(f"args is a {type(args).__name__}; it holds the positional inputs.\n  Pass a tuple: prune(model, (x,), ...).")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(f"{type(model).__name__} is TorchScript, which torch.export does not capture.\n  Pass the Python module it was made from.")
-    parameters = dict(model.named_parameters())
-    if not parameters:
-        raise ModelError(f"{type(model).__name__} has no parameters, so there is nothing to prune.")
-    for name, p in parameters.items():
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise ModelError(f"parameter {name!r} of a lazy module has no shape yet.\n  Run the model once on the example inputs first.")
-        if p.device.type == "meta":
-            raise ModelError(f"parameter {name!r} is on the meta device and has no values.\n  Load the weights; `trace` and `plan` work without.")
-        if not bool(torch.isfinite(p).all()):
-            bad = int((~torch.isfinite(p)).sum())
-            raise ModelError(f"parameter {name!r} holds {bad} values of {p.numel()} that are NaN or infinite.\n  Load sound weights first.")
-    for name, b in model.named_buffers():
-        if b.is_floating_point() and bool(torch.isnan(b).any()):
-            raise ModelError(f"buffer {name!r} holds {int(torch.isnan(b).sum())} values of {b.numel()} that are NaN.\n  Load sound weights first.")
-    device = next(iter(parameters.values())).device
-    for leaf in tree_leaves((tuple(args), dict(kwargs))):
-        if not isinstance(leaf, torch.Tensor):
-            continue
-        if leaf.device != device:
-            raise InputError(f"an input of {shapes(tuple(args), kwargs)} is on {leaf.device}, the model on {device}.\n  Move one to the other.")
-        if leaf.is_floating_point() and bool(torch.isnan(leaf).any()):
-            raise InputError(f"an input of {shapes(tuple(args), kwargs)} holds NaN.\n  Pass sound example inputs; the proof runs on them.")
-    with at_rest(model):
-        forward(model, tuple(args), kwargs)
 
 
 def _explained(plan: Plan, score: Any, seed: int) -> Plan:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from secateur.axes import Axis, axes_of
 from secateur.budget.curves import Curve
 from secateur.calibrate.moments import Moments
 from secateur.repair.fit import Affine, folded
@@ -21,9 +22,9 @@ from secateur.repair.layers import Layer, features_of, find_layers, norm_names
 from secateur.repair.solve import RIDGE, Problem, eliminate, solve
 from secateur.repair.target import find_target
 from secateur.trace import Graph
-from secateur.trace.call import bind
+from secateur.trace.call import bind, tensors_in
 
-MOST = 4 * 10**8  # entries of moment matrices held at once for groups with several readers
+_RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
 
 
 @dataclass
@@ -50,10 +51,26 @@ class Reader:
 
 
 def readers_of(graph: Graph) -> dict[str, list[Layer]]:
-    """The layers that contract each group; groups without any are left out."""
+    """The layers that sum over each group, in the order in which the groups are first read. Groups that anything else sums
+    over as well (attention scores, a recurrence, a grouped convolution) are left out: their cost would be told too low."""
     layers = [x for x in find_layers(graph) if x.groups == 1]
-    found = {name: [x for x in layers if features_of(graph, x, g) is not None] for name, g in graph.groups.items()}
-    return {name: some for name, some in found.items() if some}
+    by_name = {name: [x for x in layers if features_of(graph, x, g) is not None] for name, g in graph.groups.items()}
+    others = _summed_elsewhere(graph, {x.node for x in layers})
+    found = {name: some for name, some in by_name.items() if some and graph.axes[name] not in others}
+    place = {n: i for i, n in enumerate(graph.capture.graph.nodes)}
+    return dict(sorted(found.items(), key=lambda row: place[row[1][0].node]))
+
+
+def _summed_elsewhere(graph: Graph, layers: set[fx.Node]) -> set[Axis]:
+    """Axes that an op other than those layers multiplies and sums over."""
+    found: set[Axis] = set()
+    for term in graph.terms:
+        if term.node is None or term.node in layers:
+            continue
+        inside = {a for n in term.node.all_input_nodes for dims in tensors_in(graph.env.get(n)) for d in dims for a in axes_of(d)}
+        outside = {a for dims in tensors_in(graph.env.get(term.node)) for d in dims for a in axes_of(d)}
+        found |= inside if term.op in _RECURRENT else inside - outside
+    return found
 
 
 def collect(graph: Graph, dense: Mapping[str, Tensor], feeds, rows: int, progress: Callable[[str], None] | None = None) -> dict[fx.Node, Reader]:

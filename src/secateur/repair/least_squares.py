@@ -40,6 +40,7 @@ class Settings:
         rows: of calibration per layer at most, as a multiple of its features (sampled positions); never under `least`.
         held_out: every n-th chunk judges the fit.
         everywhere: also layers none of whose inputs went, to correct what went wrong upstream.
+        only_bias: correct biases only (and the means of batch norms).
     """
 
     ridge: float = RIDGE
@@ -47,6 +48,7 @@ class Settings:
     least: int = 100_000
     held_out: int = 8
     everywhere: bool = True
+    only_bias: bool = False
     seed: int = 0
 
 
@@ -128,7 +130,7 @@ class Repair:
         self.done.add(layer.node)
 
     def _wanted(self, layer: Layer) -> bool:
-        return not bool(self._inputs(layer).all()) or self.settings.everywhere and layer.source in self.affected
+        return not bool(self._inputs(layer).all()) or (self.settings.everywhere and layer.source in self.affected)
 
     # ------------------------------------------------------------ masks
     def _masks(self, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -195,6 +197,8 @@ class Repair:
 
         def tries(m: Moments) -> dict[str, Affine]:
             found = {"plain": before, "bias": bias_only(m, before) if with_bias else before}
+            if self.settings.only_bias:
+                return found
             found["least squares"] = least_squares(m, before, inputs, with_bias, self.settings.ridge)
             if sample.rectified and with_bias:
                 found["rectified"] = rectified(m, found["least squares"], inputs, sample.fit_rows, self.settings.ridge)
@@ -205,7 +209,7 @@ class Repair:
         used = min(errors, key=lambda k: (errors[k], k != "plain"))
         if used != "plain":
             written(layer, self.state, fits[used], names, (sample.fit, eps, outputs))
-        best = min(v for k, v in errors.items() if k not in ("plain", "bias"))
+        best = min((v for k, v in errors.items() if k not in ("plain", "bias")), default=errors["bias"])
         why = "on held-out rows the fit is no better" if used in ("plain", "bias") else ""
         self.rows.append(LayerRepair(layer.name, sample.fit.rows, errors["plain"], errors["bias"], best, used, why))
 

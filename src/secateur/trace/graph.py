@@ -76,6 +76,7 @@ class Graph:
         groups: what can be cut, by stable name.
         blocks: residual blocks that can go as a whole, by stable name; a plan's `keep` holds one boolean for each it names.
         frozen: what cannot, with the reason.
+        ignored, for_class: how it was traced, so that it can be traced alike with other inputs.
     """
 
     capture: Capture
@@ -87,6 +88,8 @@ class Graph:
     axes: dict[str, Axis] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     blocks: dict[str, Block] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    for_class: bool = False
 
     @property
     def program(self):

@@ -206,7 +206,7 @@ def _analysed(captured: Capture, model: nn.Module, ignore: Sequence[str], for_cl
             for a, b in zip(tensors.setdefault(name, dims), dims, strict=True):
                 unify(a, b)
     _freeze_shared_memory(captured, tensors)
-    graph = Graph(captured, tracer.env, tracer.terms, tensors, _sizes(model), notes=tracer.notes)
+    graph = Graph(captured, tracer.env, tracer.terms, tensors, _sizes(model), notes=tracer.notes, ignored=tuple(ignore), for_class=for_class)
     named = _axes_by_name(graph) if ignore else {}  # before anything is tied or frozen, which would rename what is left
     if for_class:
         tie(captured, tracer.env, model, tensors)

@@ -1,0 +1,111 @@
+"""What `prune` hands back, and its repair from data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.calibrate import batches
+from secateur.errors import DataError, InputError
+from secateur.measure.proof import Proof, require
+from secateur.plan import Cost, Plan
+from secateur.repair import LayerRepair, Study, batch_norm_statistics, changed, proven, put_into
+from secateur.surgery import Cut
+from secateur.surgery.cut import state_of
+from secateur.surgery.optimizer import migrate
+from secateur.trace import Graph, analyse
+from secateur.trace.capture import capture
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Result:
+    """What `prune` hands back.
+
+    Attributes:
+        model: the smaller model, in eval mode; an ordinary `nn.Module`.
+        plan: who stayed, and why.
+        proof: how far the cut model is from the masked original, before any repair.
+        before, after: cost counted on the dense and on the cut model.
+        graph: the trace of the dense model.
+        cut: how the cut was made.
+        notes: what the user should know (ops without a rule, a graph handed back, ...).
+        repairs: what became of every layer in a least-squares repair, with its errors.
+        study: statistics of the dense model on the data, from which other budgets can be planned.
+    """
+
+    model: nn.Module
+    plan: Plan
+    proof: Proof
+    before: Cost
+    after: Cost
+    graph: Graph
+    cut: Cut
+    notes: list[str] = field(default_factory=list)
+    dense: nn.Module | None = field(default=None, repr=False)
+    repairs: list[LayerRepair] = field(default_factory=list)
+    study: Study | None = field(default=None, repr=False)
+
+    def migrate(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """An optimizer of the same class for the cut model: same settings, its state (momentum ...) cut alike."""
+        if self.dense is None:
+            raise InputError("this result was loaded from a folder: the dense model that the optimizer belongs to is not known.")
+        return migrate(optimizer, self.dense, self.model, self.cut)
+
+
+def mend(result: Result, data: Iterable[Any], repair: str = "least_squares", say: Progress | None = None) -> Result:
+    """Repair a cut model in place, and prove it again.
+
+    Args:
+        result: what `prune(..., repair="none")` gave, in this process.
+        data: calibration batches; not read again where the result already holds a study of them.
+        repair: "least_squares", "bias", "batch_norm" or "none".
+
+    Raises:
+        DataError: data that does not fit the model.
+        ProofError: the repaired model is not the masked original with the repaired weights; the model is then as it was cut.
+    """
+    say = say or (lambda stage: None)
+    args, kwargs = result.graph.program.example_inputs
+    if repair in ("least_squares", "bias") and result.dense is not None:
+        try:
+            return _fitted(result, data, repair, say)
+        except (DataError, InputError) as error:
+            result.notes.append(f"not repaired by least squares, BatchNorm re-estimated instead: {str(error).splitlines()[0]}")
+    if repair != "none":
+        say("BatchNorm statistics")
+        batch_norm_statistics(result.model, batches(data, args))
+    return result
+
+
+def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> Result:
+    dense, graph, keep = result.dense, result.graph, result.plan.keep
+    assert dense is not None
+    study = result.study or study_of(dense, graph, data, say=say)
+    state, rows = study.repaired(keep, how=repair)
+    new = changed(dense, graph, state)
+    before = {n: t.detach().clone() for n, t in state_of(result.model).items()}
+    put_into(result.model, graph, keep, new)
+    say("prove the repair")
+    proof = proven(dense, graph, keep, result.model, new)
+    if not proof.passed:
+        with torch.no_grad():
+            for name, tensor in state_of(result.model).items():
+                tensor.copy_(before[name])
+        require(proof, f"{type(dense).__name__}, repaired")
+    result.repairs, result.study = rows, study
+    result.plan = replace(result.plan, why={**result.plan.why, "repair": repair, "calibration_rows": study.chunks.rows})
+    return result
+
+
+def study_of(model: nn.Module, graph: Graph, data: Iterable[Any], seed: int = 0, say: Progress | None = None) -> Study:
+    """Statistics of a traced model on calibration data, computed when they are asked for and then kept."""
+    def again(args: tuple, kwargs: Mapping[str, Any]) -> Graph:
+        return analyse(capture(model, args, kwargs), model, graph.ignored, for_class=graph.for_class)
+
+    return Study(model, graph, data, again, seed, say or (lambda stage: None))

@@ -1,0 +1,93 @@
+"""Calibration data in chunks of one size, and the trace that fits them.
+
+The captured graph has sizes of its example inputs written into it, so all chunks have the shapes of one trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from secateur.calibrate.batches import arriving, batches
+from secateur.errors import DataError
+from secateur.measure.run import batch_of, shapes
+from secateur.trace import Graph
+
+ROWS = 2048  # of calibration at most
+SIZE = 64  # rows of a chunk
+
+Call = tuple[tuple, dict[str, Any]]
+
+
+@dataclass
+class Chunks:
+    """Chunks as (args, kwargs), the graph traced with the first of them, and what was left out."""
+
+    graph: Graph
+    feeds: list[Call]
+    rows: int
+    left_out: int
+
+
+def chunks(data: Iterable[Any], graph: Graph, again: Callable[[tuple, Mapping], Graph], rows: int = ROWS, size: int = SIZE) -> Chunks:
+    """Read at most `rows` rows of data into chunks of `size`, and trace the model with one of them.
+
+    Args:
+        data: as `secateur.calibrate.batches` reads it; labels are dropped.
+        graph: the trace that the plan is for; `again(args, kwargs)` traces the model with other inputs.
+
+    Raises:
+        DataError: no rows, or the model has other groups on the data than on its example inputs.
+    """
+    args, kwargs = graph.program.example_inputs
+    found, left_out, spec = _rows(data, args, kwargs, rows)
+    n = min(size, len(found[0]) if found else 0)
+    if not n:
+        raise DataError("there is no row of calibration data.\n  Give at least one batch.")
+    count = len(found[0]) // n
+    whole = [column[: count * n].split(n) for column in found]
+    feeds: list[Call] = [tree_unflatten([c[i].clone() for c in whole], spec) for i in range(count)]
+    same = batch_of(args, kwargs) == n and shapes(args, kwargs) == shapes(*feeds[0])
+    traced = graph if same else again(*feeds[0])
+    if {k: g.size for k, g in traced.groups.items()} != {k: g.size for k, g in graph.groups.items()}:
+        odd = sorted(set(traced.groups) ^ set(graph.groups)) or ["the sizes"]
+        raise DataError(
+            f"the model has other groups on the data ({shapes(*feeds[0])}) than on its example inputs ({shapes(args, kwargs)}); "
+            f"they differ in {odd[0]!r}.\n  Give example inputs of the shapes of the data, with two rows or more."
+        )
+    return Chunks(traced, feeds, count * n, left_out + len(found[0]) - count * n)
+
+
+def _rows(data: Iterable[Any], args: tuple, kwargs: Mapping, most: int) -> tuple[list[Tensor], int, Any]:
+    """Every input tensor over all rows taken, the number of rows with other shapes, and the structure of a call."""
+    columns: list[list[Tensor]] = []
+    kind: Any = None
+    spec: Any = None
+    taken = left_out = 0
+    for found, named in batches(arriving(data), args):
+        named = {k: v for k, v in named.items() if k in kwargs or (k != "labels" and not kwargs)}
+        leaves, this = tree_flatten((found, named))
+        n = batch_of(found, named)
+        if not all(isinstance(t, Tensor) and t.dim() and t.shape[0] == n for t in leaves):
+            raise DataError(
+                f"an input of {shapes(found, named)} has no row for each of the {n} samples, so it cannot be split.\n"
+                "  Give inputs whose first dimension is the batch, or use repair='batch_norm'."
+            )
+        shape = [(t.shape[1:], t.dtype) for t in leaves]
+        kind = kind or shape
+        if shape != kind or (spec is not None and this != spec):
+            left_out += n
+            continue
+        spec = this
+        columns = columns or [[] for _ in leaves]
+        for column, t in zip(columns, leaves, strict=True):
+            column.append(t.detach()[: most - taken])
+        taken += min(n, most - taken)
+        if taken >= most:
+            break
+    return [torch.cat(c) for c in columns], left_out, spec

@@ -1,0 +1,134 @@
+"""What is known of one model on one set of calibration data, each asked for once: chunks, moments, error curves, the
+sensitivity of the output. Plans for any number of budgets are made from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from secateur.budget.curves import Curve, allocate
+from secateur.budget.targets import Target
+from secateur.measure.run import at_rest
+from secateur.plan import Plan
+from secateur.repair.chunks import Chunks, chunks
+from secateur.repair.curves import Reader, collect, error_curves
+from secateur.repair.fit import LayerRepair
+from secateur.repair.least_squares import Repair, Settings
+from secateur.repair.sensitivity import Output, Point, calibrated, sensitivity
+from secateur.trace import Graph
+
+ROWS_FOR_CURVES = 50_000
+FEW = 4  # chunks that curves and sensitivities are taken from
+TILT = 1.5
+TILTS = (1.5, 0.5, 2.5)  # tried by allocation="search", best guess first
+
+BY_CURVES = ("curves", "sensitivity", "search")
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Study:
+    """The model is left as it is. `again(args, kwargs)` traces it with other inputs."""
+
+    model: nn.Module
+    graph: Graph
+    data: Iterable[Any]
+    again: Callable[[tuple, Mapping], Graph]
+    seed: int = 0
+    say: Progress = lambda stage: None
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        with at_rest(self.model):
+            return chunks(self.data, self.graph, self.again)
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of the graph by state name: those of the model, and constants of its forward."""
+        named = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_buffers(remove_duplicate=False))}
+        return {**self.chunks.graph.capture.values, **{k: v.detach() for k, v in named.items()}}
+
+    @cached_property
+    def readers(self) -> dict[fx.Node, Reader]:
+        self.say("moments of the dense model")
+        return collect(self.chunks.graph, self.state, self.chunks.feeds[:FEW], ROWS_FOR_CURVES)
+
+    @cached_property
+    def curves(self) -> dict[str, Curve]:
+        """Error curves by group, in the order in which the groups are read."""
+        self.say("error curves")
+        return error_curves(self.chunks.graph, self.readers)
+
+    @cached_property
+    def points(self) -> dict[str, list[Point]]:
+        """The output's sensitivity to each group alone."""
+        self.say("sensitivity of the output")
+        return sensitivity(self.chunks.graph, self.state, self.readers, self.curves, self.output)
+
+    @cached_property
+    def output(self) -> Output:
+        return Output(self.chunks.graph, self.state, self.chunks.feeds[-FEW // 2 :])
+
+    def scores(self) -> dict[str, Tensor]:
+        """The error that each unit adds when it goes in its turn; infinite in groups that no layer reads: {group: (units,)}."""
+        found = {n: torch.full((g.size,), math.inf, dtype=torch.float64) for n, g in self.graph.groups.items()}
+        for name, c in self.curves.items():
+            each = torch.cummax(torch.diff(c.error), 0)[0]
+            found[name][c.order] = each
+        return found
+
+    def plan(self, *targets: Target, allocation: str = "curves", depth: bool = False) -> Plan:
+        """Who stays, by the curves. `allocation`: "curves", "sensitivity" or "search".
+
+        Raises:
+            TargetError: the budget is out of reach of the groups that have a curve.
+        """
+        dense = self.graph.cost()
+        limits = [(t, t.limit(dense)) for t in targets]
+        keep = self._searched(limits) if allocation == "search" else self._allocated(limits, TILT, allocation == "sensitivity")
+        why = {"targets": [str(t) for t in targets], "limits": [n for _, n in limits], "allocation": allocation}
+        return Plan(keep, dense, self.graph.cost(keep), why)
+
+    def _allocated(self, limits: list[tuple[Target, int]], tilt: float, by_output: bool = False) -> dict[str, Tensor]:
+        curves = {n: calibrated(c, self.points[n]) if n in self.points else c for n, c in self.curves.items()} if by_output else self.curves
+        removed = allocate(self.graph, corrected(curves, tilt), limits)
+        keep = {n: torch.ones(g.size, dtype=torch.bool) for n, g in self.graph.groups.items()}
+        return keep | {n: self.curves[n].keep(removed[n]) for n in self.curves}
+
+    def _searched(self, limits: list[tuple[Target, int]]) -> dict[str, Tensor]:
+        """The best of a few ways to weigh the curves, each judged by the output of a quickly repaired network."""
+        best: tuple[float, dict[str, Tensor]] | None = None
+        for tilt in TILTS:
+            self.say(f"trying tilt {tilt:g}")
+            keep = self._allocated(limits, tilt)
+            state, _ = self.repaired(keep, few=True)
+            apart = self.output.divergence(keep, state)
+            if best is None or apart < best[0]:
+                best = (apart, keep)
+        assert best is not None
+        return best[1]
+
+    def repaired(self, keep: Mapping[str, Tensor], few: bool = False, how: str = "least_squares") -> tuple[dict[str, Tensor], list[LayerRepair]]:
+        """The tensors of the model, of the dense shapes, fitted for `keep`, and what became of every layer."""
+        feeds = self.chunks.feeds[:FEW] if few else self.chunks.feeds
+        with at_rest(self.model):
+            repair = Repair(self.chunks.graph, keep, self.state, feeds, Settings(seed=self.seed, only_bias=how == "bias"))
+            rows = repair.run(lambda layer: self.say(f"repair {layer}"))
+        return repair.state, rows
+
+
+def corrected(curves: Mapping[str, Curve], tilt: float) -> dict[str, Curve]:
+    """Curves as they count for a network that is repaired afterwards: `error * exp(tilt * (place - 1/2))`.
+
+    What goes wrong early is corrected by every fit behind it, so the same error weighs more the later it arises (place: 0 for
+    the first group, 1 for the last).
+    """
+    last = max(1, len(curves) - 1)
+    return {n: Curve(c.order, c.error.clamp_min(0) * math.exp(tilt * (i / last - 0.5))) for i, (n, c) in enumerate(curves.items())}
