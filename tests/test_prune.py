@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+import secateur as sc
 from secateur.budget import MACs, Params
 from secateur.errors import CaptureError, DataError, InputError, ModelError, TargetError
 from secateur.measure import count
 from secateur.prune import prune
+from secateur.score import CRITERIA
 
 
 class Net(nn.Module):
@@ -38,6 +40,7 @@ def net():
     return Net().eval()
 
 
+half = MACs(at_most="50%")
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -72,13 +75,56 @@ def test_other_dtypes(net, dtype):
     assert result.model(X.to(dtype)).dtype == dtype
 
 
+DATA = [(torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(n)) + 2, torch.zeros(16)) for n in (2, 3)]
+
+
 def test_batch_norm_statistics_come_from_the_data(net):
     plain = prune(net, (X,), MACs(at_most="50%"))
-    data = [(torch.randn(16, 3, 8, 8) + 2, torch.zeros(16)) for _ in range(2)]
-    fitted = prune(net, (X,), MACs(at_most="50%"), data=data)
-    assert fitted.plan == plain.plan
+    fitted = prune(net, (X,), MACs(at_most="50%"), data=DATA, score="l2", repair="batch_norm")
+    assert all(torch.equal(fitted.plan.keep[n], mask) for n, mask in plain.plan.keep.items())
     assert fitted.proof.max_error == plain.proof.max_error
     assert not torch.equal(fitted.model.norm.running_mean, plain.model.norm.running_mean)
+    assert fitted.plan.why["repair"] == "batch_norm" and not fitted.repairs
+
+
+def test_what_auto_becomes(net):
+    blind, seeing = prune(net, (X,), half), prune(net, (X,), half, data=DATA)
+    assert blind.plan.why["score"] == "l2" and "repair" not in blind.plan.why and blind.study is None
+    assert [seeing.plan.why[k] for k in ("score", "allocation", "repair")] == ["obs", "curves", "least_squares"]
+    assert seeing.plan.why["calibration_rows"] == 32 and seeing.repairs
+    by_score = prune(net, (X,), half, data=DATA, score="l2")
+    assert by_score.plan.why["allocation"] == "global" and by_score.plan.why["repair"] == "least_squares"
+    card = prune(net, (X,), half, data=DATA, score=CRITERIA["obs"], repair="none")
+    assert all(torch.equal(card.plan.keep[n], mask) for n, mask in seeing.plan.keep.items())
+
+
+def test_a_cut_can_be_mended_later(net):
+    """In two steps it is the same as in one, and closer to the dense network than the plain cut."""
+    at_once = prune(net, (X,), half, data=DATA)
+    later = prune(net, (X,), half, data=DATA, repair="none")
+    plain = copy.deepcopy(later.model)
+    assert later.repairs == [] and sc.mend(later, DATA) is later
+    assert all(torch.equal(a, b) for a, b in zip(at_once.model.state_dict().values(), later.model.state_dict().values(), strict=True))
+    other = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(9)) + 2
+    with torch.no_grad():
+        far, near = ((m(other) - net(other)).square().mean() for m in (plain, later.model))
+    assert near < far
+
+
+def test_mending_says_what_it_did(net):
+    result = prune(net, (X,), half, data=DATA, repair="none")
+    assert mended(result, "none").plan.why["repair"] == "none"
+    assert mended(result, "batch_norm").plan.why["repair"] == "batch_norm"
+    with pytest.raises(InputError, match=r"magic.*\n.*least_squares"):
+        sc.mend(result, DATA, "magic")
+    linear = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    rows = torch.randn(32, 4)
+    result = prune(linear, (rows[:2],), half, data=[rows], repair="batch_norm")
+    assert result.plan.why["repair"] == "none", "there is no BatchNorm to re-estimate"
+
+
+def mended(result, how):
+    return sc.mend(result, DATA, how)
 
 
 @pytest.mark.parametrize("optimizer", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), torch.optim.AdamW])
@@ -147,7 +193,6 @@ def with_nan(model):
     return model
 
 
-half = MACs(at_most="50%")
 REFUSED = {
     "wrong shape": (lambda net: prune(net, (torch.zeros(2, 4, 8, 8),), half), InputError, "4, 8, 8"),
     "args is no tuple": (lambda net: prune(net, X, half), InputError, "tuple"),
@@ -161,6 +206,12 @@ REFUSED = {
     "out of reach": (lambda net: prune(net, (X,), MACs(at_most=7)), TargetError, "nearest"),
     "unknown criterion": (lambda net: prune(net, (X,), half, score="l7"), InputError, "l2"),
     "unknown allocation": (lambda net: prune(net, (X,), half, allocation="even"), InputError, "uniform"),
+    "unknown repair": (lambda net: prune(net, (X,), half, repair="magic"), InputError, "least_squares"),
+    "repair without data": (lambda net: prune(net, (X,), half, repair="least_squares"), InputError, "Pass data="),
+    "obs without data": (lambda net: prune(net, (X,), half, score="obs"), InputError, "Pass data="),
+    "curves without obs": (lambda net: prune(net, (X,), half, score="l2", allocation="curves"), InputError, "score='obs'"),
+    "no target with data": (lambda net: prune(net, (X,), data=DATA), InputError, "target"),
+    "labels missing": (lambda net: prune(net, (X,), half, data=[X], score="taylor"), DataError, "labels"),
     "empty data": (lambda net: prune(net, (X,), half, data=[]), DataError, "batch"),
     "senseless data": (lambda net: prune(net, (X,), half, data=[7]), DataError, "int"),
     "no parameters": (lambda net: prune(nn.ReLU(), (X,), half), ModelError, "no parameters"),

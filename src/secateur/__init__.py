@@ -20,6 +20,7 @@ from secateur.errors import SecateurError as SecateurError
 from secateur.measure import measure as measure
 from secateur.measure.proof import Proof as Proof
 from secateur.measure.proof import prove as prove
+from secateur.mend import mend as mend
 from secateur.models import load as load
 from secateur.models import save as save
 from secateur.prune import Result as Result
@@ -49,6 +50,7 @@ __all__ = [
     "errors",
     "load",
     "measure",
+    "mend",
     "parts",
     "plan",
     "prove",

@@ -13,7 +13,7 @@ from secateur.calibrate import batches
 from secateur.errors import DataError, InputError
 from secateur.measure.proof import Proof, require
 from secateur.plan import Cost, Plan
-from secateur.repair import LayerRepair, Study, batch_norm_statistics, changed, proven, put_into
+from secateur.repair import HOW, LayerRepair, Study, batch_norm_statistics, changed, proven, put_into
 from secateur.surgery import Cut
 from secateur.surgery.cut import state_of
 from secateur.surgery.optimizer import migrate
@@ -66,27 +66,40 @@ def mend(result: Result, data: Iterable[Any], repair: str = "least_squares", say
         data: calibration batches; not read again where the result already holds a study of them.
         repair: "least_squares", "bias", "batch_norm" or "none".
 
+    Returns the same result; `repairs` and `plan.why["repair"]` say what was done. Where least squares cannot be had, the
+    BatchNorm statistics are re-estimated, and a note says so.
+
     Raises:
+        InputError: an unknown repair.
         DataError: data that does not fit the model.
         ProofError: the repaired model is not the masked original with the repaired weights; the model is then as it was cut.
     """
     say = say or (lambda stage: None)
-    args, kwargs = result.graph.program.example_inputs
-    if repair in ("least_squares", "bias") and result.dense is not None:
+    if repair not in HOW:
+        raise InputError(f"unknown repair {repair!r}.\n  There are: {', '.join(HOW)}.")
+    args, _ = result.graph.program.example_inputs
+    refused = ""
+    if repair in ("least_squares", "bias"):
         try:
             return _fitted(result, data, repair, say)
         except (DataError, InputError) as error:
-            result.notes.append(f"not repaired by least squares, BatchNorm re-estimated instead: {str(error).splitlines()[0]}")
+            refused = str(error).splitlines()[0]
+    used = 0
     if repair != "none":
         say("BatchNorm statistics")
-        batch_norm_statistics(result.model, batches(data, args))
+        used = batch_norm_statistics(result.model, batches(data, args))
+    if refused:
+        instead = "BatchNorm re-estimated instead" if used else "and there is no BatchNorm to re-estimate"
+        result.notes.append(f"not repaired by {repair.replace('_', ' ')}, {instead}: {refused}")
+    result.plan = replace(result.plan, why={**result.plan.why, "repair": "batch_norm" if used else "none"})
     return result
 
 
 def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> Result:
     dense, graph, keep = result.dense, result.graph, result.plan.keep
-    assert dense is not None
-    study = result.study or study_of(dense, graph, data, say=say)
+    if dense is None:
+        raise InputError("this result was loaded from a folder: the dense model is not known.\n  Repair it where it was cut.")
+    study = result.study or study_of(dense, graph, data, result.plan.why.get("seed", 0), say)
     state, rows = study.repaired(keep, how=repair)
     new = changed(dense, graph, state)
     before = {n: t.detach().clone() for n, t in state_of(result.model).items()}

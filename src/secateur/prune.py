@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -74,37 +74,24 @@ def prune(
         CaptureError, InputError, ModelError, DataError, TargetError, CutError, ProofError: see `secateur.errors`; in every
             case nothing was changed.
     """
+    score, allocation, repair = chosen(score, allocation, repair, data is not None)
+    how = How(score, allocation, repair, seed, depth, loss, data, ignore)
+    return begin(model, args, kwargs, how, progress).result(targets)
+
+
+def begin(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None, how: How, progress: Progress | None = None) -> Work:
+    """Check and trace the model, for any number of budgets.
+
+    Raises:
+        CaptureError, InputError, ModelError: it cannot be pruned with these inputs.
+    """
     say = progress or (lambda stage: None)
     if not isinstance(kwargs or {}, Mapping):
         raise InputError(f"kwargs is a {type(kwargs).__name__}.\n  Pass a dict of keyword inputs.")
-    kwargs, ignore = dict(kwargs or {}), patterns(ignore)
+    kwargs, ignore = dict(kwargs or {}), patterns(how.ignore)
     check(model, args, kwargs)
     say("trace")
-    graph = _traced(model, args, kwargs, ignore)
-    score, allocation, repair = _chosen(score, allocation, repair, data is not None)
-    how = _How(score, seed, allocation, depth, loss, data, kwargs, ignore)
-    ask = _Asked(model, args, targets, how, say)
-    plan, done, proof = ask.carry_out(graph)
-    if done.how == "graph" and not graph.removed_blocks(plan.keep):
-        graph, plan, done, proof = ask.with_class(graph, ignore) or (graph, plan, done, proof)
-    if not proof.passed and _is_random(model, args, kwargs):
-        raise InputError(
-            f"{type(model).__name__} gives two outputs for one input (dropout that is always on, or noise), so nothing can be proven.\n"
-            "  Make forward() deterministic in eval mode."
-        )
-    require(proof, type(model).__name__)
-    before, after = count(model, args, kwargs), count(done.model, args, kwargs)
-    notes = list(dict.fromkeys([*graph.notes, *done.notes]))
-    if done.how == "graph":
-        notes.insert(0, f"handed back as a rewritten graph, because the class could not follow: {done.why}")
-    if proof.all_zero:
-        notes.append("every output is 0 on these inputs (a zero-initialised last layer?), so the proof compared zeros")
-    _kept_promise(targets, before, after)
-    plan = replace(plan, why={**plan.why, "achieved": achieved(targets, before, after, plan)})
-    if after != plan.after:
-        notes.append(f"the plan predicted {plan.after}, the cut model counts {after}: an op without a rule takes part")
-    result = Result(done.model, plan, proof, before, after, graph, done, notes, model, study=ask.study)
-    return mend(result, data, repair, say=say) if data is not None else result
+    return Work(model, args, kwargs, replace(how, ignore=ignore), say, _traced(model, args, kwargs, ignore))
 
 
 def _is_random(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
@@ -126,12 +113,13 @@ def _kept_promise(targets: Sequence[Target | MeasuredTarget], before: Cost, afte
             )
 
 
-def _chosen(score: Any, allocation: str, repair: str, has_data: bool) -> tuple[Any, str, str]:
+def chosen(score: Any, allocation: str, repair: str, has_data: bool) -> tuple[Any, str, str]:
     """What "auto" means.
 
     Raises:
         InputError: an unknown word, or something that needs data where there is none.
     """
+    score = "obs" if score is criteria.CRITERIA["obs"] else score
     known = isinstance(score, str) and score == "auto"
     score = ("obs" if has_data else "l2") if known else score
     by_curves = isinstance(score, str) and score == "obs"
@@ -151,37 +139,87 @@ def _chosen(score: Any, allocation: str, repair: str, has_data: bool) -> tuple[A
 
 
 @dataclass(frozen=True)
-class _How:
-    """How to choose what goes."""
+class How:
+    """How to choose what goes, as `prune` takes it; nothing here is "auto" any more."""
 
     score: Any
-    seed: int
     allocation: str
-    depth: bool
-    loss: Loss | None
-    data: Iterable[Any] | None
-    kwargs: Mapping[str, Any]
-    ignore: Sequence[str]
+    repair: str
+    seed: int = 0
+    depth: bool = False
+    loss: Loss | None = None
+    data: Iterable[Any] | None = None
+    ignore: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Scores of one trace, and plans for any budget from them."""
+
+    plan: Callable[..., Plan]
+    scores: dict[str, torch.Tensor]
+    study: Study | None = None
+
+
+@dataclass(frozen=True)
+class _Done:
+    graph: Graph
+    plan: Plan
+    cut: Cut
+    proof: Proof
+    study: Study | None
 
 
 @dataclass
-class _Asked:
-    """What was asked of one model, so that it can be tried on more than one trace of it."""
+class Work:
+    """A model under `prune`: its trace, and scores and statistics that are computed once for any number of budgets."""
 
     model: nn.Module
     args: tuple
-    targets: tuple[Target | MeasuredTarget, ...]
-    how: _How
+    kwargs: Mapping[str, Any]
+    how: How
     say: Progress
-    study: Study | None = None
+    graph: Graph
+    planners: dict[int, _Planner] = field(default_factory=dict, repr=False)  # by the id of a trace that lives as long
 
-    def carry_out(self, graph: Graph) -> tuple[Plan, Cut, Proof]:
-        self.say("score")
-        how = self.how
-        planner, scores = self._by_curves(graph) if _is_obs(how.score) else self._by_scores(graph)
+    def result(self, targets: Sequence[Target | MeasuredTarget]) -> Result:
+        """Plan, cut, prove and repair for these targets.
+
+        Raises:
+            InputError, TargetError, CutError, ProofError, DataError: as `prune`.
+        """
+        _sensible(targets, self.graph)
+        done = self._carry_out(self.graph, targets)
+        if done.cut.how == "graph" and not self.graph.removed_blocks(done.plan.keep):
+            done = self._with_class(targets) or done
+        if not done.proof.passed and _is_random(self.model, self.args, self.kwargs):
+            raise InputError(
+                f"{type(self.model).__name__} gives two outputs for one input (dropout that is always on, or noise), so nothing can be proven.\n"
+                "  Make forward() deterministic in eval mode."
+            )
+        require(done.proof, type(self.model).__name__)
+        result = self._told(done, targets)
+        return mend(result, self.how.data, self.how.repair, say=self.say) if self.how.data is not None else result
+
+    def _told(self, done: _Done, targets: Sequence[Target | MeasuredTarget]) -> Result:
+        """The result with its real costs, and what is to be known about it."""
+        before, after = count(self.model, self.args, self.kwargs), count(done.cut.model, self.args, self.kwargs)
+        notes = list(dict.fromkeys([*done.graph.notes, *done.cut.notes]))
+        if done.cut.how == "graph":
+            notes.insert(0, f"handed back as a rewritten graph, because the class could not follow: {done.cut.why}")
+        if done.proof.all_zero:
+            notes.append("every output is 0 on these inputs (a zero-initialised last layer?), so the proof compared zeros")
+        _kept_promise(targets, before, after)
+        plan = replace(done.plan, why={**done.plan.why, "achieved": achieved(targets, before, after, done.plan)})
+        if after != plan.after:
+            notes.append(f"the plan predicted {plan.after}, the cut model counts {after}: an op without a rule takes part")
+        return Result(done.cut.model, plan, done.proof, before, after, done.graph, done.cut, notes, self.model, study=done.study)
+
+    def _carry_out(self, graph: Graph, targets: Sequence[Target | MeasuredTarget]) -> _Done:
+        planner = self._planner(graph)
         self.say("plan")
-        plan = within(self.model, graph, self.targets, planner, scores, Search(say=self.say))
-        plan = _explained(plan, how.score, how.seed)
+        plan = within(self.model, graph, targets, planner.plan, planner.scores, Search(say=self.say))
+        plan = _explained(plan, self.how.score, self.how.seed)
         self.say("cut")
         done = cut(self.model, graph, plan, values=False)  # the proof below compares values
         self.say("prove")
@@ -189,44 +227,57 @@ class _Asked:
         if not proof.passed and done.how == "attributes":  # a number of forward() that no shape shows, such as sqrt(width)
             done = cut(self.model, graph, plan, refuse_class=f"its forward() deviates by {proof.max_error:.1e} after the cut")
             proof = prove(self.model, graph, plan.keep, done.model)
-            plan = measured_again(plan, done.model, self.targets, self.model, graph)
-        return plan, done, proof
+            plan = measured_again(plan, done.model, targets, self.model, graph)
+        return _Done(graph, plan, done, proof, planner.study)
 
-    def _by_scores(self, graph: Graph) -> tuple[Callable[..., Plan], dict[str, torch.Tensor]]:
+    def _planner(self, graph: Graph) -> _Planner:
+        if id(graph) not in self.planners:
+            self.say("score")
+            self.planners[id(graph)] = self._by_curves(graph) if _is_obs(self.how.score) else self._by_scores(graph)
+        return self.planners[id(graph)]
+
+    def _by_scores(self, graph: Graph) -> _Planner:
         how = self.how
         statistics = None
         if how.data is not None:
-            statistics = Calibration(self.model, graph, how.data, args=self.args, kwargs=how.kwargs, loss=how.loss, seed=how.seed)
+            statistics = Calibration(self.model, graph, how.data, args=self.args, kwargs=self.kwargs, loss=how.loss, seed=how.seed)
         scores = criteria.score(graph, self.model, how.score, how.seed, statistics)
         if how.depth:
             scores = {**scores, **criteria.blocks(graph, self.model)}
-        return partial(budget.plan, graph, scores, allocation=how.allocation), scores
+        return _Planner(partial(budget.plan, graph, scores, allocation=how.allocation), scores)
 
-    def _by_curves(self, graph: Graph) -> tuple[Callable[..., Plan], dict[str, torch.Tensor]]:
+    def _by_curves(self, graph: Graph) -> _Planner:
         how = self.how
         assert how.data is not None
-        self.study = study = study_of(self.model, graph, how.data, how.seed, say=self.say)
+        study = study_of(self.model, graph, how.data, how.seed, say=self.say)
         scores = study.scores()
         if how.allocation in BY_CURVES:
-            return partial(study.plan, allocation=how.allocation, depth=how.depth), scores
-        return partial(budget.plan, graph, scores, allocation=how.allocation), scores
+            return _Planner(partial(study.plan, allocation=how.allocation, depth=how.depth), scores, study)
+        return _Planner(partial(budget.plan, graph, scores, allocation=how.allocation), scores, study)
 
-    def with_class(self, graph: Graph, ignore: Sequence[str]) -> tuple[Graph, Plan, Cut, Proof] | None:
-        """The same with ties that let the user's class follow; None where that does not help or the budget is then out
-        of reach."""
-        free = self.study
-        tied = analyse(graph.capture, self.model, ignore, for_class=True)
-        if {n: g.size for n, g in tied.groups.items()} == {n: g.size for n, g in graph.groups.items()}:
+    @cached_property
+    def tied(self) -> Graph:
+        """The trace with ties that let the user's class follow a cut."""
+        return analyse(self.graph.capture, self.model, self.how.ignore, for_class=True)
+
+    def _with_class(self, targets: Sequence[Target | MeasuredTarget]) -> _Done | None:
+        """The same on the tied trace; None where that does not help or the budget is then out of reach."""
+        if {n: g.size for n, g in self.tied.groups.items()} == {n: g.size for n, g in self.graph.groups.items()}:
             return None
         try:
-            plan, done, proof = self.carry_out(tied)
+            done = self._carry_out(self.tied, targets)
         except (TargetError, InputError):  # scores given by hand are for the groups of the free trace
-            self.study = free
             return None
-        if done.how == "attributes" and proof.passed:
-            return tied, plan, done, proof
-        self.study = free
-        return None
+        return done if done.cut.how == "attributes" and done.proof.passed else None
+
+
+def _sensible(targets: Sequence[Target | MeasuredTarget], graph: Graph) -> None:
+    """What is wrong with a target is said before anything is computed."""
+    if not targets:
+        raise InputError("no target was given.\n  Pass one, such as MACs(at_most='50%').")
+    for t in targets:
+        if isinstance(t, Target):
+            t.limit(graph.cost())
 
 
 def _is_obs(score: Any) -> bool:

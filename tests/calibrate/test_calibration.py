@@ -219,7 +219,7 @@ def same(before, after):
         assert (grad is None) == (now_grad is None) and (grad is None or torch.equal(grad, now_grad)), n
 
 
-@pytest.mark.parametrize("name", score.CRITERIA)
+@pytest.mark.parametrize("name", [name for name in score.CRITERIA if name != "obs"])  # which `prune` computes
 @pytest.mark.parametrize("wrong", ["", "labels", "nan", "shape", "model"])
 def test_the_model_and_the_data_are_left_as_they_were(name, wrong):
     torch.manual_seed(0)

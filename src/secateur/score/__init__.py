@@ -18,6 +18,7 @@ from secateur.score.fpgm import FPGM, fpgm
 from secateur.score.grasp import GRASP, grasp
 from secateur.score.lamp import LAMP, lamp
 from secateur.score.magnitude import L1, L2, l1, l2
+from secateur.score.obs import OBS, obs
 from secateur.score.snip import SNIP, snip
 from secateur.score.synflow import SYNFLOW, synflow
 from secateur.score.taylor import TAYLOR, TAYLOR_SQUARED, taylor, taylor_squared
@@ -41,6 +42,7 @@ CRITERIA: dict[str, Criterion] = {
     "fisher": FISHER,
     "snip": SNIP,
     "grasp": GRASP,
+    "obs": OBS,
 }
 
 
@@ -122,6 +124,7 @@ __all__ = [
     "l1",
     "l2",
     "lamp",
+    "obs",
     "random",
     "score",
     "snip",
