@@ -23,7 +23,7 @@ from secateur.errors import DataError
 
 RIDGE = 1e-3
 _TRIES = 6
-_AT_ONCE = 64  # groups of more than 512 units lose 1/64 of what is left per step
+_AT_ONCE = 64  # groups of more than 512 units lose up to 1/64 of what is left per step
 
 
 def factor(a: Tensor, ridge: float) -> tuple[Tensor, float]:
@@ -96,17 +96,40 @@ def eliminate(problems: Sequence[Problem], remove: int | None = None, ridge: flo
             cost += scale * _costs(z, w, columns[alive])
         n = min(max(1, len(alive) // _AT_ONCE if units > 512 else 1), remove - len(order))
         first = torch.argsort(cost, stable=True)[:n]
-        gone, each = alive[first], cost[first]
+        if n > 1:
+            taken, each = _one_by_one(states, alive[first], float(cost[first[-1]]))
+            first = first[taken]
+        else:
+            each = [float(cost[first])]
+        gone = alive[first]
         for z, w, columns, _ in states:
             _downdate(z, w, columns[gone].reshape(-1))
-        for c in each.clamp_min(0).tolist():
-            total += c
+        for c in each:
+            total += max(c, 0.0)
             errors.append(total)
         order += gone.tolist()
         left = torch.ones(len(alive), dtype=torch.bool)
         left[first] = False
         alive = alive[left]
     return torch.tensor(order, dtype=torch.int64), torch.tensor(errors, dtype=torch.float64)
+
+
+def _one_by_one(states: Sequence[tuple[Tensor, Tensor, Tensor, float]], units: Tensor, most: float) -> tuple[list[int], list[float]]:
+    """Of the cheapest units those that are still cheap when the ones before them went (of two equal units each is cheap
+    only as long as the other is there): their places among `units`, and what each costs in its turn."""
+    blocks = []
+    for z, w, columns, scale in states:
+        at = columns[units].reshape(-1)
+        blocks.append((z[at][:, at], w[at], torch.arange(len(at)).reshape(len(units), -1), scale))
+    taken, costs = [], []
+    for i in range(len(units)):
+        cost = sum(scale * float(_costs(z, w, columns[i : i + 1])) for z, w, columns, scale in blocks)
+        if not taken or cost <= 2 * most:
+            taken.append(i)
+            costs.append(cost)
+            for z, w, columns, _ in blocks:
+                _downdate(z, w, columns[i])
+    return taken, costs
 
 
 def _costs(z: Tensor, w: Tensor, columns: Tensor) -> Tensor:
