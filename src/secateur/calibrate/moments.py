@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur.errors import DataError
+
 
 @dataclass
 class Moments:
@@ -74,11 +76,29 @@ class Moments:
         b = self._xt / n - x[:, :, None] * t[:, None, :]
         return a, b, (self._tt / n - t * t).clamp_min(0)
 
+    def check(self, layer: str) -> None:
+        """
+        Raises:
+            DataError: what `layer` takes in, or should give, is not finite.
+        """
+        if not all(bool(torch.isfinite(v).all()) for v in (self._xx, self._xt, self._tt)):
+            raise DataError(
+                f"layer {layer!r} takes in or gives numbers that are not finite on the calibration data, so nothing can be fitted to them.\n"
+                "  Look for values out of the data's usual range, or use repair='none'."
+            )
+
     def raw(self) -> tuple[Tensor, Tensor, Tensor]:
         """The same around zero: for a layer that can have no bias."""
         a, b, tt = self.central()
         x, t = self.mean()
         return a + x[:, :, None] * x[:, None, :], b + x[:, :, None] * t[:, None, :], tt + t * t
+
+
+def variance(*parts: Moments) -> Tensor:
+    """Of the targets over the rows of all parts, (groups, outputs), float64; the parts share one shift."""
+    n = sum(m.rows for m in parts)
+    mean = sum((m._t for m in parts), torch.zeros(())) / n
+    return (sum((m._tt for m in parts), torch.zeros(())) / n - mean * mean).clamp_min(0)
 
 
 def patches(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], at: Tensor | None) -> Tensor:

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from secateur.calibrate.batches import arriving, batches
-from secateur.errors import DataError
+from secateur.errors import CaptureError, DataError
 from secateur.measure.run import batch_of, shapes
 from secateur.trace import Graph
 
 ROWS = 2048  # of calibration at most
 SIZE = 64  # rows of a chunk
+FEWEST = 4  # chunks, where there are rows enough: some are for the fits, and the last one judges them
 
 Call = tuple[tuple, dict[str, Any]]
 
@@ -35,7 +36,7 @@ class Chunks:
 
 
 def chunks(data: Iterable[Any], graph: Graph, again: Callable[[tuple, Mapping], Graph], rows: int = ROWS, size: int = SIZE) -> Chunks:
-    """Read at most `rows` rows of data into chunks of `size`, and trace the model with one of them.
+    """Read at most `rows` rows of data into chunks of `size` (smaller ones where that makes fewer than 4), and trace the model with one of them.
 
     Args:
         data: as `secateur.calibrate.batches` reads it; labels are dropped.
@@ -46,14 +47,14 @@ def chunks(data: Iterable[Any], graph: Graph, again: Callable[[tuple, Mapping], 
     """
     args, kwargs = graph.program.example_inputs
     found, left_out, spec = _rows(data, args, kwargs, rows)
-    n = min(size, len(found[0]) if found else 0)
+    n = min(size, max(1, len(found[0]) // FEWEST)) if found and len(found[0]) else 0
     if not n:
         raise DataError("there is no row of calibration data.\n  Give at least one batch.")
     count = len(found[0]) // n
     whole = [column[: count * n].split(n) for column in found]
     feeds: list[Call] = [tree_unflatten([c[i].clone() for c in whole], spec) for i in range(count)]
     same = batch_of(args, kwargs) == n and shapes(args, kwargs) == shapes(*feeds[0])
-    traced = graph if same else again(*feeds[0])
+    traced = graph if same else _traced(again, feeds[0], shapes(args, kwargs))
     if {k: g.size for k, g in traced.groups.items()} != {k: g.size for k, g in graph.groups.items()}:
         odd = sorted(set(traced.groups) ^ set(graph.groups)) or ["the sizes"]
         raise DataError(
@@ -63,13 +64,24 @@ def chunks(data: Iterable[Any], graph: Graph, again: Callable[[tuple, Mapping], 
     return Chunks(traced, feeds, count * n, left_out + len(found[0]) - count * n)
 
 
+def _traced(again: Callable[[tuple, Mapping], Graph], feed: Call, example: str) -> Graph:
+    try:
+        return again(*feed)
+    except CaptureError as error:
+        said = next((line.strip() for line in str(error).splitlines() if "Error:" in line), str(error).splitlines()[0])
+        raise DataError(
+            f"data of {shapes(*feed)} cannot be traced; the example inputs are {example}. {said}\n"
+            "  Pass batches like the example inputs: of the same shapes but for the number of rows, and in the model's dtype."
+        ) from error
+
+
 def _rows(data: Iterable[Any], args: tuple, kwargs: Mapping, most: int) -> tuple[list[Tensor], int, Any]:
     """Every input tensor over all rows taken, the number of rows with other shapes, and the structure of a call."""
     columns: list[list[Tensor]] = []
     kind: Any = None
     spec: Any = None
     taken = left_out = 0
-    for found, named in batches(arriving(data), args):
+    for number, (found, named) in enumerate(batches(arriving(data), args), 1):
         named = {k: v for k, v in named.items() if k in kwargs or (k != "labels" and not kwargs)}
         leaves, this = tree_flatten((found, named))
         n = batch_of(found, named)
@@ -78,6 +90,8 @@ def _rows(data: Iterable[Any], args: tuple, kwargs: Mapping, most: int) -> tuple
                 f"an input of {shapes(found, named)} has no row for each of the {n} samples, so it cannot be split.\n"
                 "  Give inputs whose first dimension is the batch, or use repair='batch_norm'."
             )
+        if any(bool(t.isnan().any()) for t in leaves if t.is_floating_point()):
+            raise DataError(f"batch {number} of data, {shapes(found, named)}, holds NaN.\n  Leave such rows out.")
         shape = [(t.shape[1:], t.dtype) for t in leaves]
         kind = kind or shape
         if shape != kind or (spec is not None and this != spec):

@@ -109,6 +109,7 @@ def _reader(graph: Graph, layer: Layer, dense: Mapping[str, Tensor], flow: Flow,
         t = t.flatten(2).transpose(1, 2) if layer.window else t
         variance += float(t.reshape(-1, t.shape[-1]).float().var(0, correction=0).sum())
     assert m is not None
+    m.check(layer.name)
     with_bias = bool(names or layer.bias)
     a = (m.central() if with_bias else m.raw())[0][0]
     return Reader(layer, folded(layer, dense, names, eps), names, eps, a, m.mean()[0][0], chunks / max(variance, 1e-12))

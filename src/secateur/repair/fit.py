@@ -16,7 +16,7 @@ from secateur.repair.solve import RIDGE, solve
 
 @dataclass(frozen=True)
 class LayerRepair:
-    """What became of one layer. Errors are relative: E|t - y|^2 / E|t - mean t|^2 on held-out calibration rows.
+    """What became of one layer. Errors are relative: E|t - y|^2 on held-out calibration rows / E|t - mean t|^2 on all of them.
 
     Attributes:
         layer: the layer's name. rows: calibration rows that were used.

@@ -83,7 +83,7 @@ class Layer:
     def rows(self, x: Tensor, at: Tensor | None) -> Tensor:
         """Inputs as (groups, rows, features); `at` picks positions of every sample, None takes all."""
         if not self.window:
-            x = x.reshape(x.shape[0], -1, x.shape[-1])
+            x = _many(x)
             x = x if at is None else x[:, at]
             return x.reshape(1, -1, x.shape[-1])
         r = patches(x, **self.window, at=at)
@@ -95,9 +95,14 @@ class Layer:
         if self.window:
             y = y.flatten(2).transpose(1, 2)
         else:
-            y = y.reshape(y.shape[0], -1, y.shape[-1])
+            y = _many(y)
         y = y if at is None else y[:, at]
         return y.reshape(y.shape[0] * y.shape[1], self.groups, -1).transpose(0, 1)
+
+
+def _many(x: Tensor) -> Tensor:
+    """(samples, places, features) of the input or output of a linear layer; a lone vector is one sample."""
+    return x.reshape(x.shape[0] if x.dim() > 1 else 1, -1, x.shape[-1])
 
 
 def find_layers(graph: Graph) -> list[Layer]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from secateur.axes import axes_of, mask
-from secateur.calibrate.moments import Moments
+from secateur.calibrate.moments import Moments, variance
 from secateur.measure.run import batch_of
 from secateur.repair.fit import Affine, LayerRepair, bias_only, folded, least_squares, written
 from secateur.repair.flow import Flow, Runner, sources
@@ -78,6 +78,8 @@ class Repair:
         reads = sources(graph.capture.graph)
         self.dense = Flow(Runner(graph, {}, dict(dense)), feeds, reads)
         self.pruned = Flow(Runner(graph, self.keep, self.state), feeds, reads)
+        runs = set(self.pruned.needed)
+        self.layers = [x for x in self.layers if x.node in runs]  # a removed block needs no repair, and is not held for it
         for flow in (self.dense, self.pruned):
             flow.runner.zeroed_weights = {x.node for x in self.layers}
         self.upstream = _upstream(graph, reads, self.pruned.runner, {x.node for x in self.layers})
@@ -176,6 +178,7 @@ class Repair:
                 share = BYTES / (4.0 * self.chunks * (rows.numel() + 2 * t.numel()))
                 o = None if other is None else layer.outputs(other, at)
                 (sample.held_rows if out else sample.fit_rows).add(rows, t, o, min(1.0, share))
+        fit.check(layer.name)
         return sample
 
     def _target(self, chunk: int, layer: Layer, target: Target) -> tuple[Tensor, Tensor | None]:
@@ -228,10 +231,16 @@ class Sample:
         """Relative error over the outputs that stay, on what was held out; after the ReLU where one follows."""
         if self.rectified:
             x, t, o = (self.held_rows if self.held_rows.x else self.fit_rows).joined()
-            scale = float(t.relu().var(1, correction=0).double()[outputs].sum())
-            return rectified_error(fit, x, t, o, outputs) / (scale or 1.0)
-        m = self.held if self.held.rows else self.fit
-        return fit.error(m, outputs) / (float(m.central()[2][outputs].sum()) or 1.0)
+            return rectified_error(fit, x, t, o, outputs) / self.scale(outputs)
+        return fit.error(self.held if self.held.rows else self.fit, outputs) / self.scale(outputs)
+
+    def scale(self, outputs: Tensor) -> float:
+        """The variance of the target over all rows: of a few held-out rows alone it may be next to nothing."""
+        if self.rectified:
+            each = torch.cat(self.fit_rows.t + self.held_rows.t, 1).relu().var(1, correction=0).double()
+        else:
+            each = variance(self.fit, self.held)
+        return float(each[outputs].sum()) or 1.0
 
 
 def _rectified(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ error (the asymmetric reconstruction of Zhang et al. 2015, "Accelerating very de
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -32,10 +33,10 @@ class Rows:
 
     def add(self, x: Tensor, t: Tensor, o: Tensor | None, share: float) -> None:
         """Keep `share` of the rows of x (groups, rows, features), t and o (groups, rows, outputs), evenly spread."""
-        step = max(1, round(1 / max(share, 1e-9)))
+        step = math.ceil(1 / max(share, 1e-9))
         x, t = x[:, ::step].float().clone(), t[:, ::step].float().clone()
         o = torch.zeros_like(t) if o is None else o[:, ::step].float().clone()
-        if self.size + 4 * (x.numel() + t.numel()) <= BYTES:
+        if not self.x or self.size + 4 * (x.numel() + t.numel()) <= BYTES:
             self.x.append(x)
             self.t.append(t + o)
             self.o.append(o)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_leaves
 
 from secateur.budget.curves import Curve
 from secateur.repair.curves import Reader, readers_of
 from secateur.repair.fit import written_plainly
-from secateur.repair.flow import Runner
+from secateur.repair.flow import Flow, Runner, sources
 from secateur.repair.layers import features_of, find_layers
 from secateur.trace import Graph
 from secateur.trace.call import op_name
@@ -47,16 +47,15 @@ class Output:
     """
 
     def __init__(self, graph: Graph, state: Mapping[str, Tensor], feeds: Sequence[tuple[tuple, Mapping]]):
-        self.graph, self.feeds = graph, feeds
+        self.graph, self.feeds, self.reads = graph, feeds, sources(graph.capture.graph)
         self.is_scores = _is_scores(graph)
         self.dense = [self._run({}, state, f) for f in feeds]
 
     def _run(self, keep: Mapping[str, Tensor], state: Mapping[str, Tensor], feed: tuple[tuple, Mapping]) -> Tensor:
-        runner = Runner(self.graph, keep, dict(state))
-        runner.zeroed_weights = {x.node for x in find_layers(self.graph)}
-        flat, _ = tree_flatten((tuple(feed[0]), dict(feed[1])))
-        with torch.no_grad():
-            out = runner.run(*runner.inputs(flat), enable_io_processing=False)
+        flow = Flow(Runner(self.graph, keep, dict(state)), [feed], self.reads)  # which writes into nobody's tensors
+        flow.runner.zeroed_weights = {x.node for x in find_layers(self.graph)}
+        (output,) = [n for n in self.graph.capture.graph.nodes if n.op == "output"]
+        out = flow.value(0, output)
         return next(v for v in tree_leaves(out) if isinstance(v, Tensor) and v.is_floating_point()).float()
 
     def divergence(self, keep: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> float:
