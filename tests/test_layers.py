@@ -18,7 +18,7 @@ LAYERS = [
     ["repair"],
     ["models", "export", "runtime"],
     ["recover", "report", "reach", "mend"],
-    ["prune", "testing"],
+    ["prune", "retrace", "testing"],
     ["job"],
     ["terminal", "cli", "demo"],
     ["__main__"],

@@ -44,6 +44,11 @@ Source = Annotated[str | None, typer.Option("--data", metavar="DATA", help=(
 ))]  # fmt: skip
 Ignore = Annotated[list[str] | None, typer.Option(help="Module, parameter or group that keeps its shape; repeatable.")]
 Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of random weights, random scores and the split of the data.")]
+Score = Annotated[str, typer.Option(help="A criterion; `secateur explain` lists them. auto: obs with DATA, else l2.")]
+Allocation = Annotated[str, typer.Option(help=(
+    "curves, sensitivity or search (with the score obs), global or uniform. auto: curves with obs, else global."
+))]  # fmt: skip
+Repair = Annotated[str, typer.Option(help="least_squares, bias, batch_norm or none. auto: least_squares with DATA, else none.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -57,8 +62,9 @@ def prune(  # noqa: PLR0913  # a command's parameters are its options
     ))],
     data: Source = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the result.")] = None,
-    score: Annotated[str, typer.Option(help="A criterion; `secateur explain` lists them.")] = "l2",
-    allocation: Annotated[str, typer.Option(help="global or uniform.")] = "global",
+    score: Score = "auto",
+    allocation: Allocation = "auto",
+    repair: Repair = "auto",
     ignore: Ignore = None,
     depth: Annotated[bool, typer.Option("--depth", help="Whole residual blocks may go too.")] = False,
     seed: Seed = 0,
@@ -67,14 +73,14 @@ def prune(  # noqa: PLR0913  # a command's parameters are its options
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Cut a model down to a budget, prove the cut, re-estimate BatchNorm from DATA, and save it."""
+    """Cut a model down to a budget, prove the cut, repair it from DATA without training, and save it."""
     targets = [parse(text) for text in at_most]
     with _working(as_json) as say:
         held, given = _given(data, inputs, seed)
         say("load")
         loaded = load_model(model, weights, seed=seed)
         example = job.example_inputs(loaded, held, given)
-        options = job.Options(score, allocation, tuple(ignore or ()), seed, depth)
+        options = job.Options(score, allocation, repair, tuple(ignore or ()), seed, depth)
         done = job.run(loaded, example, targets, options, data=held, out=out, progress=say)
         job.write_report(done, settings={"command": _command(context)})
     if as_json:

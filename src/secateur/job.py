@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ from secateur import report
 from secateur.budget import Latency, MACs, MeasuredTarget, Target
 from secateur.errors import InputError
 from secateur.measure.run import batch_of
+from secateur.mend import mend
 from secateur.models import Data, LoadedModel, save
 from secateur.models.quality import accuracy
-from secateur.prune import Result, batches, check, prune
+from secateur.prune import Result, batches, check, chosen, prune
 from secateur.repair import batch_norm_statistics
+from secateur.repair.chunks import ROWS
+from secateur.retrace import with_inputs
 
 Progress = Callable[[str], None]
 
@@ -27,8 +30,9 @@ Progress = Callable[[str], None]
 class Options:
     """How to choose what goes: as `prune` takes it."""
 
-    score: str = "l2"
-    allocation: str = "global"
+    score: str = "auto"
+    allocation: str = "auto"
+    repair: str = "auto"
     ignore: Sequence[str] = ()
     seed: int = 0
     depth: bool = False
@@ -36,8 +40,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """What came of it. `accuracy` has "dense", "cut" and, where BatchNorm was re-estimated, "repaired"; each 0..1.
-    `rows` is the batch that the MACs are counted for."""
+    """What came of it. `accuracy` has "dense", "cut" and, where it was repaired, "repaired"; before a repair of the weights
+    also "batch_norm", what re-estimating the statistics alone would give. Each is 0..1. `rows` is the batch that the MACs are
+    counted for."""
 
     name: str
     result: Result
@@ -57,6 +62,7 @@ class Job:
             "notes": list(result.notes),
             "accuracy": dict(self.accuracy) or None,
             "groups": group_rows(result),
+            "repairs": [row.to_json() for row in result.repairs],
             "why": dict(result.plan.why),
             "folder": str(self.folder) if self.folder else None,
         }
@@ -93,32 +99,81 @@ def run(
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Job:
-    """Prune; with data re-estimate BatchNorm on its training part; with labels measure on its test part; save.
+    """Prune; with data score, allocate and repair from its training part; with labels measure on its test part; save.
 
-    Raises whatever `prune`, `accuracy` and `save` raise.
+    Raises whatever `prune`, `mend`, `accuracy` and `save` raise.
     """
     say = progress or (lambda stage: None)
-    measured: dict[str, float] = {}
     model = loaded.model
     check(model, *inputs)
-    if data is not None and data.labelled:
-        say("accuracy of the dense model")
-        measured["dense"] = accuracy(model, Cast(model, data.test))
-    result, inputs = _pruned(model, inputs, targets, options, say)
+    options = settled(options, data)
+    measured = dense_accuracy(model, data, say)
+    result, inputs = _pruned(model, inputs, targets, options, (data, say))
     if data is not None:
-        if data.labelled:
-            say("accuracy as cut")
-            measured["cut"] = accuracy(result.model, Cast(model, data.test))
-        say("BatchNorm statistics")
-        used = batch_norm_statistics(result.model, batches(Cast(model, data.train), inputs[0]))
-        if used and data.labelled:
-            say("accuracy after BatchNorm")
-            measured["repaired"] = accuracy(result.model, Cast(model, data.test))
+        measured |= repaired(result, data, options.repair, say)
     folder = None
     if out is not None:
         say("save")
         folder = save(result, out)
     return Job(loaded.name, result, batch_of(*inputs), measured, folder)
+
+
+def settled(options: Options, data: Data | None) -> Options:
+    """What "auto" becomes.
+
+    Raises:
+        InputError: an unknown word, or something that needs data where there is none.
+    """
+    score, allocation, repair = chosen(options.score, options.allocation, options.repair, data is not None)
+    return replace(options, score=score, allocation=allocation, repair=repair)
+
+
+def dense_accuracy(model: nn.Module, data: Data | None, say: Progress) -> dict[str, float]:
+    """{"dense": accuracy} where there are labels, else nothing."""
+    if data is None or not data.labelled:
+        return {}
+    say("accuracy of the dense model")
+    return {"dense": accuracy(model, Cast(model, data.test))}
+
+
+def repaired(result: Result, data: Data, repair: str, say: Progress) -> dict[str, float]:
+    """Repair a cut model in place from the training part of the data; the accuracies before and after where there are labels."""
+    measured: dict[str, float] = {}
+    model, train = result.model, Cast(result.model, data.train)
+    if data.labelled:
+        say("accuracy as cut")
+        measured["cut"] = accuracy(model, Cast(model, data.test))
+        if repair in ("least_squares", "bias"):
+            measured |= _with_statistics(result, data, say)
+    mend(result, train, repair, say)
+    if data.labelled and result.plan.why["repair"] != "none":
+        say("accuracy after the repair")
+        measured["repaired"] = accuracy(model, Cast(model, data.test))
+    return measured
+
+
+def _with_statistics(result: Result, data: Data, say: Progress) -> dict[str, float]:
+    """The accuracy with BatchNorm re-estimated and nothing else, from as many rows as a repair reads; the model is left as
+    it was. Nothing where the model has no BatchNorm."""
+    model = result.model
+    before = {name: held.detach().clone() for name, held in model.named_buffers()}
+    if not before:
+        return {}
+    say("accuracy with BatchNorm alone")
+    used = batch_norm_statistics(model, _at_most(batches(Cast(model, data.train), result.graph.program.example_inputs[0])))
+    found = {"batch_norm": accuracy(model, Cast(model, data.test))} if used else {}
+    with torch.no_grad():
+        for name, held in model.named_buffers():
+            held.copy_(before[name])
+    return found
+
+
+def _at_most(calls: Iterable[tuple[tuple, dict]], rows: int = ROWS) -> Iterator[tuple[tuple, dict]]:
+    for args, kwargs in calls:
+        if rows <= 0:
+            return
+        yield args, kwargs
+        rows -= batch_of(args, kwargs)
 
 
 def write_report(done: Job, **sections: Any) -> Path | None:
@@ -131,22 +186,31 @@ def write_report(done: Job, **sections: Any) -> Path | None:
 
 
 def _pruned(
-    model: nn.Module, inputs: tuple[tuple, dict], targets: Sequence[Target | MeasuredTarget], options: Options, say: Progress
-) -> tuple[Result, tuple[tuple, dict]]:
-    """The result and the inputs it was traced with.
+    model: nn.Module, inputs: tuple[tuple, dict], targets: Sequence[Target | MeasuredTarget], options: Options,
+    source: tuple[Data | None, Progress],
+) -> tuple[Result, tuple[tuple, dict]]:  # fmt: skip
+    """The result, not repaired yet, and the inputs it was traced with.
 
     A graph captured from a batch of one has that one written into it. That only matters where the graph is what is
-    handed back, so only then is the model traced again, with two rows.
+    handed back, so only then is the model traced again, with two rows; the plan stays what it is.
     """
-    args, kwargs = inputs
-    chosen = asdict(options)
-    result = prune(model, args, *targets, kwargs=kwargs, progress=say, **chosen)
+    (args, kwargs), (data, say) = inputs, source
+    held = Cast(model, data.train) if data is not None else None
+    settings: dict[str, Any] = {**asdict(options), "data": held, "repair": "none", "progress": say}
+    result = prune(model, args, *targets, kwargs=kwargs, **settings)
     if result.cut.how == "attributes" or batch_of(args, kwargs) != 1:
         return result, inputs
     say("again with a batch of two")
-    args, kwargs = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and len(t) == 1 else t, inputs)
-    doubled = [_doubled(target, result) for target in targets]
-    return prune(model, args, *doubled, kwargs=kwargs, progress=say, **chosen), (args, kwargs)
+    args, kwargs = doubled(inputs)
+    found = with_inputs(result, args, kwargs, [t if isinstance(t, MeasuredTarget) else _doubled(t, result) for t in targets])
+    if found is None:
+        found = prune(model, args, *[_doubled(t, result) for t in targets], kwargs=kwargs, **settings)
+    return found, (args, kwargs)
+
+
+def doubled(inputs: tuple[tuple, dict]) -> tuple[tuple, dict]:
+    """Inputs of one row as inputs of two."""
+    return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and len(t) == 1 else t, inputs)
 
 
 def _doubled(target: Target | MeasuredTarget, result: Result) -> Target | MeasuredTarget:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,14 @@ if TYPE_CHECKING:
     from secateur.job import Job
     from secateur.measure import Measurement
     from secateur.plan import Cost
+    from secateur.repair import LayerRepair
     from secateur.trace import Graph
 
+REPAIRED = {
+    "least_squares": "repaired by least squares", "bias": "biases corrected", "batch_norm": "BatchNorm re-estimated",
+}  # fmt: skip
+NOT_FITTED = ("plain", "bias")
+WORST = 8  # layers of a repair that are listed; all are in --json and in the report
 MOST_ROWS = 40  # of a table; the rest is counted, and in --json
 
 
@@ -97,8 +104,10 @@ def job(done: Job) -> None:
     console.print(costs({"dense": result.before, "pruned": result.after}, done.rows))
     for row in result.plan.why.get("achieved", ()):
         console.print(asked(row), markup=False)
+    if result.repairs:
+        console.print(repairs(result.repairs))
     if done.accuracy:
-        console.print(accuracies(done.accuracy))
+        console.print(accuracies(done.accuracy, result.plan.why.get("repair", "")))
     proof = result.proof
     console.print(f"proof: largest deviation from the masked original {proof.max_error:.1e} in float64, relative "
                   f"(at most {proof.tolerance:.0e} is accepted)")  # fmt: skip
@@ -151,13 +160,40 @@ def asked(row: Mapping[str, Any]) -> str:
     return f"{text}, at most {form(row['limit'])}"
 
 
-def accuracies(measured: Mapping[str, float]) -> Table:
+def accuracies(measured: Mapping[str, float], repair: str = "batch_norm") -> Table:
     """Accuracy on the test rows, stage by stage."""
-    names = {"dense": "dense", "cut": "as cut", "repaired": "BatchNorm re-estimated"}
+    names = {"dense": "dense", "cut": "as cut", "batch_norm": "BatchNorm re-estimated", "repaired": REPAIRED.get(repair, "repaired")}
     table = Table("accuracy on the test rows", "")
     for name, value in measured.items():
         table.add_row(names.get(name, name), percent(value))
     return table
+
+
+def repairs(rows: Sequence[LayerRepair]) -> Table:
+    """The layers that a plain cut would hurt most, and what the repair made of them; a summary of all below."""
+    table = Table("layer", title="repaired from data: error of each layer, of its variance", title_justify="left")
+    for name in ("plain cut", "repaired"):
+        table.add_column(name, justify="right")
+    table.add_column("used")
+    for row in sorted(rows, key=lambda r: -r.plain)[:WORST]:
+        table.add_row(escape(row.layer), f"{row.plain:.2g}", f"{_error(row):.2g}", escape(row.used))
+    fits = sum(row.used not in NOT_FITTED for row in rows)
+    middle = [statistics.median(values) for values in ([r.plain for r in rows], [_error(r) for r in rows])]
+    said = f"{fits} of {len(rows)} layers fitted; median error {middle[0]:.2g} -> {middle[1]:.2g}"
+    kept: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        if row.used in NOT_FITTED:
+            kept[row.why or row.used].append(row.layer)
+    for why, layers in kept.items():
+        shown = ", ".join(layers[:3]) + (" ..." if len(layers) > 3 else "")
+        said += f"\n{len(layers)} not fitted ({shown}): {why}"
+    table.caption, table.caption_justify = escape(said), "left"
+    return table
+
+
+def _error(row: LayerRepair) -> float:
+    """Of what was used."""
+    return {"plain": row.plain, "bias": row.bias}.get(row.used, row.repaired)
 
 
 def inspection(name: str, graph: Graph, rows: int) -> None:
