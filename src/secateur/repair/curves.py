@@ -7,7 +7,7 @@ relative to the variance of what it feeds: the value at the next addition, or it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor, fx
 from secateur.axes import Axis, axes_of
 from secateur.budget.curves import Curve
 from secateur.calibrate.moments import Moments
+from secateur.repair.attention import Attention, find_attentions, per_score, score_problem
 from secateur.repair.fit import Affine, folded
 from secateur.repair.flow import Flow, Runner, sources
 from secateur.repair.layers import Layer, features_of, find_layers, norm_names
 from secateur.repair.solve import RIDGE, Problem, eliminate, solve
 from secateur.repair.target import find_target
 from secateur.trace import Graph
-from secateur.trace.call import bind, tensors_in
+from secateur.trace.call import Call, bind, tensors_in
 
 _RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
 
@@ -56,9 +57,21 @@ def readers_of(graph: Graph) -> dict[str, list[Layer]]:
     layers = [x for x in find_layers(graph) if x.groups == 1]
     by_name = {name: [x for x in layers if features_of(graph, x, g) is not None] for name, g in graph.groups.items()}
     others = _summed_elsewhere(graph, {x.node for x in layers})
-    found = {name: some for name, some in by_name.items() if some and graph.axes[name] not in others}
+    scored = scored_axes(graph, find_attentions(graph, layers))
+    found = {n: some for n, some in by_name.items() if (some or graph.axes[n] in scored) and graph.axes[n] not in others - set(scored)}
     place = {n: i for i, n in enumerate(graph.capture.graph.nodes)}
-    return dict(sorted(found.items(), key=lambda row: place[row[1][0].node]))
+    first = {n: min([x.node for x in some] + [a.node for a in scored.get(graph.axes[n], [])], key=place.__getitem__) for n, some in found.items()}
+    return {n: found[n] for n in sorted(found, key=lambda n: place[first[n]])}
+
+
+def scored_axes(graph: Graph, attentions: Sequence[Attention]) -> dict[Axis, list[Attention]]:
+    """Axes of the dimensions that queries and keys are multiplied over, where their repair is known."""
+    found: dict[Axis, list[Attention]] = {}
+    for a in attentions:
+        for axis in dict.fromkeys(axes_of(a.dims(graph)[1])):
+            if axis.reason is None:
+                found.setdefault(axis, []).append(a)
+    return found
 
 
 def _summed_elsewhere(graph: Graph, layers: set[fx.Node]) -> set[Axis]:
@@ -70,6 +83,9 @@ def _summed_elsewhere(graph: Graph, layers: set[fx.Node]) -> set[Axis]:
         inside = {a for n in term.node.all_input_nodes for dims in tensors_in(graph.env.get(n)) for d in dims for a in axes_of(d)}
         outside = {a for dims in tensors_in(graph.env.get(term.node)) for d in dims for a in axes_of(d)}
         found |= inside if term.op in _RECURRENT else inside - outside
+        if term.op == "scaled_dot_product_attention":  # q k^T sums over its last dimension, which v may share
+            c = Call(term.node, graph.env)
+            found |= {a for name in ("query", "key") for a in axes_of(c.dims(name)[-1])}
     return found
 
 
@@ -115,9 +131,57 @@ def _reader(graph: Graph, layer: Layer, dense: Mapping[str, Tensor], flow: Flow,
     return Reader(layer, folded(layer, dense, names, eps), names, eps, a, m.mean()[0][0], chunks / max(variance, 1e-12))
 
 
-def error_curves(graph: Graph, readers: Mapping[fx.Node, Reader]) -> dict[str, Curve]:
+@dataclass
+class Scored:
+    """An attention, the moments of its queries and keys by head, and what an error of its scores counts."""
+
+    attention: Attention
+    q: Tensor
+    k: Tensor
+    weight: Tensor
+
+
+def collect_scores(graph: Graph, dense: Mapping[str, Tensor], feeds, readers: Mapping[fx.Node, Reader]) -> dict[fx.Node, Scored]:
+    """Moments of queries and keys of every attention whose dimensions can go, by its node."""
+    layers = [x for x in find_layers(graph) if x.groups == 1]
+    wanted = {a.node: a for some in scored_axes(graph, find_attentions(graph, layers)).values() for a in some}
+    if not wanted:
+        return {}
+    flow = Flow(Runner(graph, {}, dict(dense)), feeds[:1], sources(graph.capture.graph))
+    out = {}
+    values = {n: [bind(n)[k] for k in ("query", "key", "value")] for n in wanted}
+    for several in values.values():
+        for node in several:
+            flow.hold(node)
+    for node, attention in wanted.items():
+        q, k, v = (flow.value(0, n) for n in values[node])
+        each, total = per_score(q, k, v, attention)
+        flat = [x.double().transpose(0, 1).flatten(1, 2) for x in (q, k)]
+        flat[1] = flat[1] - flat[1].mean(1, keepdim=True)
+        moments = [x.mT @ x / x.shape[1] for x in flat]
+        relative = _relative_energy(readers, node)
+        out[node] = Scored(attention, moments[0], moments[1], each * attention.factor(q.shape[-1]) ** 2 / max(total, 1e-12) * relative)
+        for n in values[node]:
+            flow.release(n)
+    return out
+
+
+def _relative_energy(readers: Mapping[fx.Node, Reader], attention: fx.Node) -> float:
+    """Variance that the layer behind an attention contributes, relative to what it feeds; 1 where it is not known."""
+    for r in readers.values():
+        node = r.layer.source
+        while node is not attention and node.op == "call_function" and len(node.all_input_nodes) == 1:
+            (node,) = node.all_input_nodes
+        if node is attention:
+            w = r.map.w[0]
+            return float(((w @ r.a) * w).sum()) * r.scale
+    return 1.0
+
+
+def error_curves(graph: Graph, readers: Mapping[fx.Node, Reader], scores: Mapping[fx.Node, Scored] | None = None) -> dict[str, Curve]:
     """One curve for every group that has readers: the order in which units go and the relative error after each."""
     curves = {}
+    scored = scored_axes(graph, [s.attention for s in (scores or {}).values()])
     for name, some in readers_of(graph).items():
         problems = []
         for layer in some:
@@ -125,6 +189,10 @@ def error_curves(graph: Graph, readers: Mapping[fx.Node, Reader]) -> dict[str, C
             columns = features_of(graph, layer, graph.groups[name])
             assert columns is not None
             problems.append(Problem(r.a, r.map.w[0].mT.contiguous(), columns, r.scale))
-        order, error = eliminate(problems)
-        curves[name] = Curve(order, torch.cat([torch.zeros(1, dtype=torch.float64), error]))
+        axis = graph.axes[name]
+        found = [(scores or {})[a.node] for a in scored.get(axis, [])]
+        others = [score_problem(graph, x.attention, axis, (x.q, x.k), x.weight) for x in found]
+        if problems or others:
+            order, error = eliminate(problems, others=others)
+            curves[name] = Curve(order, torch.cat([torch.zeros(1, dtype=torch.float64), error]))
     return curves

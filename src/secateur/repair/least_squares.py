@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from secateur.axes import axes_of, mask
 from secateur.calibrate.moments import Moments, variance
 from secateur.measure.run import batch_of
+from secateur.repair.attention import Attention, ScoreMoments, find_attentions, kept_of, write_scores
 from secateur.repair.fit import Affine, LayerRepair, bias_only, folded, least_squares, written
 from secateur.repair.flow import Flow, Runner, sources
 from secateur.repair.layers import Layer, find_layers, norm_names
@@ -86,6 +87,7 @@ class Repair:
         self.by_node = {x.node: x for x in self.layers}
         self.targets = {x.node: find_target(x) for x in self.layers if not x.why_not}
         self.affected = _affected(graph, reads, self.keep)
+        self.attentions = find_attentions(graph, self.layers)
         self.done: set[fx.Node] = set()
         self.busy: set[fx.Node] = set()
         self.rows: list[LayerRepair] = []
@@ -96,6 +98,9 @@ class Repair:
         """Fit every layer; returns what became of each."""
         for layer in self.layers:  # values that a fit will ask for must not be dropped before
             for flow, node in self._asked(layer):
+                flow.hold(node)
+        for attention in self.attentions:
+            for flow, node in self._asked_for_scores(attention):
                 flow.hold(node)
         for layer in self.layers:
             if progress:
@@ -130,6 +135,33 @@ class Repair:
             flow.release(node)
         self.busy.discard(layer.node)
         self.done.add(layer.node)
+        for a in self.attentions:
+            if layer.node in (a.query.node, a.key.node) and {a.query.node, a.key.node} <= self.done:
+                self._fit_scores(a)
+
+    def _asked_for_scores(self, a: Attention) -> list[tuple[Flow, fx.Node]]:
+        return [x for layer in (a.query, a.key) for x in ((self.dense, layer.end), (self.pruned, layer.source))]
+
+    def _fit_scores(self, a: Attention) -> None:
+        """Refit the queries of an attention that lost dimensions, before anything reads them."""
+        heads, kept = kept_of(self.graph, a, self.graph.keep_axes(self.keep))
+        if not bool(kept.all()) and not self.settings.only_bias:
+            moments = ScoreMoments(a, heads, kept)
+            for chunk in range(self.chunks):
+                values = []
+                for layer in (a.query, a.key):
+                    x = self.pruned.value(chunk, layer.source)
+                    w, b = self.state[layer.weight], self.state[layer.bias] if layer.bias else None
+                    pruned = torch.nn.functional.linear(x, layer.matrix(w)[0], b)
+                    values += [y.reshape(-1, y.shape[-1]) for y in (pruned, self.dense.value(chunk, layer.end))]
+                moments.add(*values)
+            m, plain, repaired = moments.fitted(self.settings.ridge)
+            if repaired < plain:
+                write_scores(a, self.state, m, heads, kept)
+            used, why = ("least squares", "") if repaired < plain else ("plain", "the fit is no better")
+            self.rows.append(LayerRepair(a.name, moments.rows, plain, plain, repaired, used, why))
+        for flow, node in self._asked_for_scores(a):
+            flow.release(node)
 
     def _wanted(self, layer: Layer) -> bool:
         return not bool(self._inputs(layer).all()) or (self.settings.everywhere and layer.source in self.affected)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -72,17 +73,32 @@ class Problem:
     scale: float = 1.0
 
 
-def eliminate(problems: Sequence[Problem], remove: int | None = None, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+class Elsewhere(Protocol):
+    """A cost of units that is no least-squares problem of this kind (attention scores)."""
+
+    columns: Tensor
+
+    def begin(self, ridge: float) -> None: ...
+    def costs(self, alive: Tensor) -> Tensor: ...
+    def remove(self, gone: Tensor) -> None: ...
+
+
+def eliminate(
+    problems: Sequence[Problem], remove: int | None = None, ridge: float = RIDGE, others: Sequence[Elsewhere] = ()
+) -> tuple[Tensor, Tensor]:
     """Remove units one after the other, cheapest first.
 
     Args:
         problems: every consumer of the units; their costs add up.
         remove: how many units go; all by default.
+        others: further costs of the same units.
 
     Returns (order, error): the units as they go, int64, and the total squared error after each, float64. The errors
     of problems start at 0: they are what removing adds.
     """
-    units = len(problems[0].columns)
+    units = len([*problems, *others][0].columns)
+    for other in others:
+        other.begin(ridge)
     remove = units if remove is None else remove
     states = []
     for p in problems:
@@ -94,6 +110,8 @@ def eliminate(problems: Sequence[Problem], remove: int | None = None, ridge: flo
         cost = torch.zeros(len(alive), dtype=torch.float64)
         for z, w, columns, scale in states:
             cost += scale * _costs(z, w, columns[alive])
+        for other in others:
+            cost += other.costs(alive)
         n = min(max(1, len(alive) // _AT_ONCE if units > 512 else 1), remove - len(order))
         first = torch.argsort(cost, stable=True)[:n]
         if n > 1:
@@ -104,6 +122,8 @@ def eliminate(problems: Sequence[Problem], remove: int | None = None, ridge: flo
         gone = alive[first]
         for z, w, columns, _ in states:
             _downdate(z, w, columns[gone].reshape(-1))
+        for other in others:
+            other.remove(gone)
         for c in each:
             total += max(c, 0.0)
             errors.append(total)

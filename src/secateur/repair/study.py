@@ -17,7 +17,7 @@ from secateur.budget.targets import Target
 from secateur.measure.run import at_rest
 from secateur.plan import Plan
 from secateur.repair.chunks import Chunks, chunks
-from secateur.repair.curves import Reader, collect, error_curves
+from secateur.repair.curves import Reader, collect, collect_scores, error_curves
 from secateur.repair.fit import LayerRepair
 from secateur.repair.least_squares import Repair, Settings
 from secateur.repair.sensitivity import Output, Point, calibrated, sensitivity
@@ -64,7 +64,8 @@ class Study:
     def curves(self) -> dict[str, Curve]:
         """Error curves by group, in the order in which the groups are read."""
         self.say("error curves")
-        return error_curves(self.chunks.graph, self.readers)
+        scores = collect_scores(self.chunks.graph, self.state, self.chunks.feeds, self.readers)
+        return error_curves(self.chunks.graph, self.readers, scores)
 
     @cached_property
     def points(self) -> dict[str, list[Point]]:
