@@ -19,7 +19,9 @@ LAYERS = [
     ["models", "export", "runtime"],
     ["recover", "report", "reach", "mend"],
     ["prune", "retrace", "testing"],
+    ["sweep"],
     ["job"],
+    ["explore"],
     ["terminal", "cli", "demo"],
     ["__main__"],
 ]

@@ -27,6 +27,7 @@ from secateur.prune import Result as Result
 from secateur.prune import prune as prune
 from secateur.surgery import Cut as Cut
 from secateur.surgery import cut as cut
+from secateur.sweep import sweep as sweep
 from secateur.trace import Graph as Graph
 from secateur.trace import Group as Group
 from secateur.trace import parts as parts
@@ -57,5 +58,6 @@ __all__ = [
     "prune",
     "save",
     "score",
+    "sweep",
     "trace",
 ]

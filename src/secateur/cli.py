@@ -18,8 +18,8 @@ from typing import Annotated, Any
 import typer
 
 from secateur import demo as the_demo
-from secateur import job, terminal
-from secateur.budget import parse
+from secateur import explore, job, terminal
+from secateur.budget import parse, parse_points
 from secateur.errors import InputError, SecateurError
 from secateur.measure import measure as measured
 from secateur.measure.run import batch_of
@@ -49,6 +49,7 @@ Allocation = Annotated[str, typer.Option(help=(
     "curves, sensitivity or search (with the score obs), global or uniform. auto: curves with obs, else global."
 ))]  # fmt: skip
 Repair = Annotated[str, typer.Option(help="least_squares, bias, batch_norm or none. auto: least_squares with DATA, else none.")]
+Depth = Annotated[bool, typer.Option("--depth", help="Whole residual blocks may go too.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -66,7 +67,7 @@ def prune(  # noqa: PLR0913  # a command's parameters are its options
     allocation: Allocation = "auto",
     repair: Repair = "auto",
     ignore: Ignore = None,
-    depth: Annotated[bool, typer.Option("--depth", help="Whole residual blocks may go too.")] = False,
+    depth: Depth = False,
     seed: Seed = 0,
     weights: Weights = None,
     inputs: Inputs = None,
@@ -90,10 +91,51 @@ def prune(  # noqa: PLR0913  # a command's parameters are its options
 
 
 @app.command()
-def inspect(  # noqa: PLR0913  # as above
+def sweep(  # noqa: PLR0913  # as above
+    context: typer.Context,
     model: Model,
+    at_most: Annotated[list[str], typer.Option(help=(
+        "macs=80%,60%,40%, or latency=80%,60%@torch,threads=1; a second list is met together with the first, point by point."
+    ))],
+    data: Source = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the report, with one folder for each point.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up a sweep: points that lie whole in the folder stay.")] = False,
+    latency: Annotated[bool, typer.Option("--latency", help="Time every point on torch, in turns with the dense model.")] = False,
+    score: Score = "auto",
+    allocation: Allocation = "auto",
+    repair: Repair = "auto",
+    ignore: Ignore = None,
+    depth: Depth = False,
+    seed: Seed = 0,
+    weights: Weights = None,
+    inputs: Inputs = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prune to several budgets with one set of statistics, and show what each costs in quality."""
+    points = parse_points(at_most)
+    with _working(as_json) as say:
+        held, given = _given(data, inputs, seed)
+        say("load")
+        loaded = load_model(model, weights, seed=seed)
+        example = job.example_inputs(loaded, held, given)
+        options = job.Options(score, allocation, repair, tuple(ignore or ()), seed, depth)
+        around = explore.Around(held, out, resume, latency, _command(context))
+        done = explore.run(loaded, example, points, options, around, say)
+    if as_json:
+        _print(done.to_json())
+    else:
+        terminal.sweep(done)
+
+
+@app.command()
+def inspect(  # noqa: PLR0913  # as above
+    context: typer.Context,
+    model: Model,
+    sensitivity: Annotated[bool, typer.Option("--sensitivity", help="Error of each group at every count of its units, from DATA.")] = False,
     ignore: Ignore = None,
     data: Source = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for a report.")] = None,
     seed: Seed = 0,
     weights: Weights = None,
     inputs: Inputs = None,
@@ -108,15 +150,23 @@ def inspect(  # noqa: PLR0913  # as above
         args, kwargs = job.example_inputs(loaded, held, given)
         say("trace")
         graph = trace(loaded.model, args, kwargs, ignore=tuple(ignore or ()))
+        curves = explore.sensitivity(loaded.model, graph, held, seed, say) if sensitivity else []
     rows = batch_of(args, kwargs)
     facts = {
         "model": model, "batch": rows, "cost": asdict(graph.cost()), "groups": graph.describe(),
         "blocks": list(graph.blocks), "frozen": [asdict(frozen) for frozen in graph.frozen], "notes": list(graph.notes),
+        **({"sensitivity": curves} if sensitivity else {}),
     }  # fmt: skip
+    if out is not None:
+        explore.write_inspection(out, graph, facts, {"command": _command(context), "seed": seed, "data": data})
     if as_json:
         _print(facts)
     else:
         terminal.inspection(model, graph, rows)
+        if sensitivity:
+            terminal.sensitivity(curves, len(graph.groups), rows)
+        if out is not None:
+            terminal.out().print(f"written: {out}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -153,7 +203,7 @@ def demo(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a small network on real digits, halve its MACs, and show what that did."""
+    """Train a small network on real digits, halve its MACs, repair it without training, and show what that did."""
     facts = the_demo.run(out, seed=seed, quiet=as_json)
     if as_json:
         _print(facts)

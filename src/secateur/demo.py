@@ -1,4 +1,5 @@
-"""`secateur demo`: train a small network on real digits, halve its MACs, prove it; all of it in about a minute."""
+"""`secateur demo`: train a small network on real digits, halve its MACs, prove it, repair it from the same digits without
+training; all of it in about a minute."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ ROWS = 64  # of the batch that is timed
 
 
 def run(out: str | Path | None = None, *, seed: int = 0, quiet: bool = False) -> dict[str, Any]:
-    """Train, prune to half the MACs, re-estimate BatchNorm, time both. Prints unless `quiet`; returns the facts.
+    """Train, prune to half the MACs, repair by least squares, time both. Prints unless `quiet`; returns the facts.
 
     Raises DataError where scikit-learn, which brings the digits, is missing.
     """

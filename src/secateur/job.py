@@ -215,11 +215,16 @@ def doubled(inputs: tuple[tuple, dict]) -> tuple[tuple, dict]:
 
 def _doubled(target: Target | MeasuredTarget, result: Result) -> Target | MeasuredTarget:
     """MACs are those of one call: an absolute budget for one row is twice that for two. Latency stays that of one row."""
-    if isinstance(target, Latency):
-        return replace(target, batch=target.batch or 1)
+    if isinstance(target, MeasuredTarget):
+        return of_one_row(target)
     if isinstance(target, MACs) and not str(target.at_most).strip().endswith("%"):
         return replace(target, at_most=2 * target.limit(result.before))
     return target
+
+
+def of_one_row(target: MeasuredTarget) -> MeasuredTarget:
+    """The target for inputs of two rows that were made of one."""
+    return replace(target, batch=target.batch or 1) if isinstance(target, Latency) else target
 
 
 def group_rows(result: Result) -> list[dict[str, Any]]:

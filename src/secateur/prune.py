@@ -188,7 +188,7 @@ class Work:
         Raises:
             InputError, TargetError, CutError, ProofError, DataError: as `prune`.
         """
-        _sensible(targets, self.graph)
+        sensible(targets, self.graph)
         done = self._carry_out(self.graph, targets)
         if done.cut.how == "graph" and not self.graph.removed_blocks(done.plan.keep):
             done = self._with_class(targets) or done
@@ -271,7 +271,7 @@ class Work:
         return done if done.cut.how == "attributes" and done.proof.passed else None
 
 
-def _sensible(targets: Sequence[Target | MeasuredTarget], graph: Graph) -> None:
+def sensible(targets: Sequence[Target | MeasuredTarget], graph: Graph) -> None:
     """What is wrong with a target is said before anything is computed."""
     if not targets:
         raise InputError("no target was given.\n  Pass one, such as MACs(at_most='50%').")

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from secateur.explore import Sweep
     from secateur.job import Job
     from secateur.measure import Measurement
     from secateur.plan import Cost
@@ -231,6 +232,55 @@ def _frozen(graph: Graph) -> Table:
         shown = ", ".join(map(str, sizes[:4])) + (" ..." if len(sizes) > 4 else "")
         table.add_row(reason, str(len(axes)), shown, next((w for axis in axes for w in axis.where), ""))
     return table
+
+
+def sensitivity(rows: Sequence[Mapping[str, Any]], groups: int, batch: int) -> None:
+    """Error of each group, and divergence of the output, with about 75, 50 and 25 % of its units; worst first."""
+    table = Table("group", "kind", title="sensitivity: error of the layers that read a group, and divergence of the output", title_justify="left")
+    for name in ("units", *(f"{share} % kept" for share in (75, 50, 25)), f"MACs at 50 % (batch of {batch})"):
+        table.add_column(name, justify="right")
+    picked = [(row, [_nearest(row["points"], share) for share in (0.75, 0.5, 0.25)]) for row in rows]
+    for row, three in sorted(picked, key=lambda pair: -pair[1][1]["error"])[:MOST_ROWS]:
+        cells = [f"{p['error']:.2g}" + (f" / {p['divergence']:.2g}" if p["divergence"] is not None else "") for p in three]
+        table.add_row(escape(row["group"]), row["kind"], f"{row['units']:,}", *cells, number(three[1]["macs"]))
+    said = "error, of the variance of what is fed / divergence, of the output"
+    said += f"; {groups - len(rows)} groups have no curve, because something else than linear layers sums over them" if groups > len(rows) else ""
+    table.caption, table.caption_justify = said + ("; --json lists all" if len(rows) > MOST_ROWS else ""), "left"
+    out().print(table)
+
+
+def _nearest(points: Sequence[Mapping[str, Any]], kept: float) -> Mapping[str, Any]:
+    """The point nearest to that share of the units; of two equally near ones, one with a divergence."""
+    return min(points, key=lambda p: (abs(p["kept"] - kept), p["divergence"] is None))
+
+
+def sweep(done: Sweep) -> None:
+    """One row per point."""
+    console, dense = out(), done.dense
+    table = Table("budget", title=f"{done.name}: {len(done.points)} budgets", title_justify="left")
+    labelled = any(row.get("accuracy") is not None for row in done.points)
+    timed = any(row.get("seconds") is not None for row in done.points)
+    heads = [f"MACs (batch of {done.rows})", "of it", "parameters", *(["as cut", "accuracy"] if labelled else []), "divergence"]
+    for name in heads + (["time", "of it"] if timed else []):
+        table.add_column(name, justify="right")
+    first = [number(dense["macs"]), percent(1), number(dense["params"]), *(["", _percent(dense["accuracy"])] if labelled else []), ""]
+    first += [seconds(dense["seconds"]), percent(1)] if dense.get("seconds") else []
+    table.add_row("dense", *first)
+    for row in done.points:
+        cells = [number(row["macs"]), percent(row["share"]), number(row["params"])]
+        cells += [_percent(row["stages"].get("cut")), _percent(row["accuracy"])] if labelled else []
+        cells += [f"{row['kl']:.2g}" if row.get("kl") is not None else ""]
+        cells += [seconds(row["seconds"]), percent(row["ratio"])] if timed else []
+        table.add_row(row["label"], *cells)
+    console.print(table)
+    chosen = done.settings
+    console.print(f"score {chosen['score']}, allocation {chosen['allocation']}, repair {chosen['repair']}", markup=False)
+    if done.folder is not None:
+        console.print(f"saved: {done.folder}", markup=False, soft_wrap=True)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else percent(value)
 
 
 def measurement(name: str, found: Measurement) -> None:

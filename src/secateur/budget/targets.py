@@ -41,6 +41,14 @@ class Target:
             )
         return math.floor(value)
 
+    def number(self) -> int:
+        """A budget that is no percentage, as an integer.
+
+        Raises:
+            InputError: it is not a number.
+        """
+        return math.floor(self._number(0))
+
     def _number(self, whole: int) -> float:
         if isinstance(self.at_most, bool):
             raise InputError(f"{self}: a budget is a number or a string such as '50%'.")

@@ -59,10 +59,10 @@ class Output:
         return next(v for v in tree_leaves(out) if isinstance(v, Tensor) and v.is_floating_point()).float()
 
     def divergence(self, keep: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> float:
-        total = sum(self._apart(d, self._run(keep, state, f)) for d, f in zip(self.dense, self.feeds, strict=True))
+        total = sum(self.apart(d, self._run(keep, state, f)) for d, f in zip(self.dense, self.feeds, strict=True))
         return total / len(self.dense)
 
-    def _apart(self, dense: Tensor, other: Tensor) -> float:
+    def apart(self, dense: Tensor, other: Tensor) -> float:
         if self.is_scores:
             p, q = dense.flatten(0, -2).log_softmax(-1), other.flatten(0, -2).log_softmax(-1)
             return float((p.exp() * (p - q)).sum(-1).mean())

@@ -21,7 +21,7 @@ means: not measured. Shares, accuracies and errors are fractions (0.5, not 50), 
 | `cut_groups` | how many `groups` there are (`all`) and how many of them lost units (`cut`) |
 | `frozen` | rows of `reason`, `axes` (how many), `sizes`, `where` (examples) |
 | `repairs` | rows of `layer`, `kind`, `rows`, `error_cut`, `error_repaired`, `held_out`, `used`, `kept_plain` (why, or null) |
-| `sensitivity` | rows of `group`, `kind`, `points`: rows of `kept` (share of units), `macs`, `error` |
+| `sensitivity` | rows of `group`, `kind`, `points`: rows of `kept` (share of units), `macs`, `error`, and at a few `divergence` |
 | `pareto` | rows of `label`, `macs`, `params`, `seconds`, `accuracy`, `kl`, `share` of the dense MACs, `chosen` |
 | `proof` | `max_error`, `tolerance`, `passed`, `all_zero` |
 | `notes` | sentences |
@@ -123,7 +123,7 @@ def _of(done: Any) -> dict[str, Any]:
     sheet["targets"] = list(why.get("achieved") or ()) or [{"asked": text, "limit": limit} for text, limit in _asked(why)]
     sheet["settings"] = {name: value for name, value in why.items() if name not in ("limits", "achieved", "trail")}
     sheet["groups"] = _groups(result, rows) if hasattr(result, "plan") else [_group(row) for row in rows]
-    sheet["frozen"] = _frozen(getattr(getattr(result, "graph", None), "frozen", ()))
+    sheet["frozen"] = frozen_rows(getattr(getattr(result, "graph", None), "frozen", ()))
     sheet["accuracy"] = _stages(known.get("accuracy"), known.get("repairs") or getattr(result, "repairs", None))
     if getattr(result, "repairs", None) and "repairs" not in sheet:
         sheet["repairs"] = list(result.repairs)
@@ -158,7 +158,7 @@ def _group(row: Mapping[str, Any]) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in row.items()}
 
 
-def _frozen(axes: Iterable[Any]) -> list[dict[str, Any]]:
+def frozen_rows(axes: Iterable[Any]) -> list[dict[str, Any]]:
     """One row per reason: a large network freezes thousands of axes for a handful of reasons."""
     reasons: dict[str, list[Any]] = defaultdict(list)
     for axis in axes:

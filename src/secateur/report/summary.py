@@ -99,11 +99,21 @@ def verdict(facts: Mapping[str, Any]) -> Html:
         was = "was" if proof.get("passed") else "was NOT"  # as cut: what a repair changes afterwards is no part of the proof
         parts.append(join(f"{was} proven, as cut, against the masked original"))
     if not parts:
-        return join("Nothing was measured.")
+        return _of_many(facts)
     sentence = join("The pruned model ", parts[0])
     for n, part in enumerate(parts[1:], 2):
         sentence = join(sentence, " and " if n == len(parts) else ", ", part)
     return join(sentence, ".")
+
+
+def _of_many(facts: Mapping[str, Any]) -> Html:
+    """A report of no single cut: a sweep, or the sensitivity of the groups."""
+    cuts = [row["share"] for row in facts.get("pareto") or () if finite(row.get("share")) and row["share"] < 1]
+    if cuts:
+        between = join("from ", percent(min(cuts)), " to ", percent(max(cuts))) if len(cuts) > 1 else join("at ", percent(cuts[0]))
+        return join("A sweep of ", count(len(cuts)), " budgets" if len(cuts) > 1 else " budget", ", ", between, " of the multiply-accumulates.")
+    groups = facts.get("sensitivity") or ()
+    return join("What is lost where each of ", count(len(groups)), " groups alone is cut.") if groups else join("Nothing was measured.")
 
 
 def _tile(row: Mapping[str, Any]) -> Html:
