@@ -280,14 +280,14 @@ def _rectified(node: fx.Node) -> bool:
 
 
 def _upstream(graph: Graph, reads: Mapping, runner: Runner, layers: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Layers that each node's value depends on, in the order in which they run."""
+    """Layers that each node's value depends on, itself where it is one, in the order in which they run."""
     above: dict[fx.Node, dict[fx.Node, None]] = {}
     for node in graph.capture.graph.nodes:
         found: dict[fx.Node, None] = {}
         for real in [runner.bypass[node]] if node in runner.bypass else reads[node].values():
             found |= above[real]
-            if real in layers:
-                found[real] = None
+        if node in layers:
+            found[node] = None
         above[node] = found
     return {n: list(v) for n, v in above.items()}
 
