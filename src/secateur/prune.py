@@ -60,8 +60,9 @@ def prune(
             At most 2,048 rows are used for the repair.
         score: "obs" (the reconstruction error that a unit's removal causes; the default with data), the name of a criterion
             (`score.CRITERIA`; without data "l2"), a function `(graph, model, seed)`, or {group: numbers}.
-        allocation: "curves" (spends the budget where error rises least; the default with "obs"), "sensitivity" or "search"
-            (the same, weighed by what the output says), "global" or "uniform".
+        allocation: "search" (the default with "obs": the budget is spent where error rises least, early errors weighed in two ways,
+            the better by the output kept), "curves" (one way), "sensitivity" (weighed by the output group by group), "global"
+            or "uniform".
         repair: "least_squares" (the default with data: every layer is fitted anew to the dense network, without labels or
             gradients), "bias" (biases only), "batch_norm" (statistics re-estimated) or "none".
         ignore: names or patterns of modules, parameters or groups that keep their shape.
@@ -123,7 +124,7 @@ def chosen(score: Any, allocation: str, repair: str, has_data: bool) -> tuple[An
     known = isinstance(score, str) and score == "auto"
     score = ("obs" if has_data else "l2") if known else score
     by_curves = isinstance(score, str) and score == "obs"
-    allocation = ("curves" if by_curves else "global") if allocation == "auto" else allocation
+    allocation = ("search" if by_curves else "global") if allocation == "auto" else allocation
     repair = ("least_squares" if has_data else "none") if repair == "auto" else repair
     if repair not in HOW:
         raise InputError(f"unknown repair {repair!r}.\n  There are: auto, {', '.join(HOW)}.")

@@ -26,7 +26,7 @@ from secateur.trace import Graph
 ROWS_FOR_CURVES = 50_000
 FEW = 4  # chunks that curves and sensitivities are taken from
 TILT = 1.5
-TILTS = (1.5, 0.5, 2.5)  # tried by allocation="search", best guess first
+TILTS = (1.5, 0.0)  # tried by allocation="search"
 
 BY_CURVES = ("curves", "sensitivity", "search")
 
