@@ -77,7 +77,7 @@ def test_json_says_the_same_in_numbers(run, trained, tmp_path):
     assert facts["after"]["params"] <= 0.95 * facts["before"]["params"]
     assert set(facts["accuracy"]) == {"dense", "cut", "batch_norm", "repaired"}
     assert facts["accuracy"]["dense"] > 0.4 > facts["accuracy"]["cut"] and facts["accuracy"]["repaired"] > facts["accuracy"]["dense"] - 0.1
-    assert [facts["why"][name] for name in ("score", "allocation", "repair")] == ["obs", "curves", "least_squares"]
+    assert [facts["why"][name] for name in ("score", "allocation", "repair")] == ["obs", "search", "least_squares"]
     assert facts["repairs"] and all({"layer", "plain", "repaired", "used"} <= set(row) for row in facts["repairs"])
     assert facts["proof"]["passed"] and facts["proof"]["max_error"] < 1e-9
     assert all(row["units_after"] < row["units_before"] for row in facts["groups"])
@@ -91,7 +91,8 @@ def test_what_may_be_chosen_is_chosen(run, trained):
         (("--score", "taylor", "--repair", "batch_norm"), ("taylor", "global", "batch_norm")),
         (("--score", "l2", "--allocation", "uniform"), ("l2", "uniform", "least_squares")),
         (("--allocation", "sensitivity", "--repair", "bias"), ("obs", "sensitivity", "bias")),
-        (("--repair", "none"), ("obs", "curves", "none")),
+        (("--allocation", "curves"), ("obs", "curves", "least_squares")),
+        (("--repair", "none"), ("obs", "search", "none")),
     ):
         facts = json.loads(run(*arguments, *chosen))
         assert tuple(facts["why"][name] for name in ("score", "allocation", "repair")) == became

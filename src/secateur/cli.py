@@ -46,7 +46,7 @@ Ignore = Annotated[list[str] | None, typer.Option(help="Module, parameter or gro
 Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of random weights, random scores and the split of the data.")]
 Score = Annotated[str, typer.Option(help="A criterion; `secateur explain` lists them. auto: obs with DATA, else l2.")]
 Allocation = Annotated[str, typer.Option(help=(
-    "curves, sensitivity or search (with the score obs), global or uniform. auto: curves with obs, else global."
+    "search, curves or sensitivity (with the score obs), global or uniform. auto: search with obs, else global."
 ))]  # fmt: skip
 Repair = Annotated[str, typer.Option(help="least_squares, bias, batch_norm or none. auto: least_squares with DATA, else none.")]
 Depth = Annotated[bool, typer.Option("--depth", help="Whole residual blocks may go too.")]
