@@ -153,8 +153,8 @@ def test_what_is_left_of_the_error_has_nothing_to_do_with_the_layers_inputs(cut)
     rows = {r.layer: r for r in run.run()}
     small = masked(model, run.state)
     x = torch.cat([d for i, d in enumerate(data) if i % 8 != 7])  # every eighth chunk judges
-    pairs = {"a1:out": [("b1", "join1"), ("head", "head")], "a2:out": [("b2", "join2"), ("head", "head")], "stem:out": [("b2", "join2"), ("head", "head")]}
-    for layer, place in pairs[cut]:
+    fitted_last = {"a1:out": ("b1", "join1"), "a2:out": ("b2", "join2"), "stem:out": ("b2", "join2")}
+    for layer, place in (fitted_last[cut], ("head", "head")):
         assert rows[layer].used == "least squares" and rows[layer].repaired < rows[layer].plain
         inputs, _ = seen(small, layer, x)
         inputs = inputs[:, small.get_submodule(layer).weight.abs().sum(0) > 0]
