@@ -24,6 +24,12 @@ REFERENCES = "tests/score/test_references.py"
 CALIBRATION = "tests/calibrate/test_calibration.py"
 PROOF = "tests/measure/test_proof.py"
 PRUNE = "tests/test_prune.py"
+MOMENTS = "tests/calibrate/test_moments.py"
+SOLVE = "tests/repair/test_solve.py"
+FIT = "tests/repair/test_fit.py"
+TARGET = "tests/repair/test_target.py"
+FLOW = "tests/repair/test_flow.py"
+REPAIR = "tests/repair/test_repair.py"
 
 MUTANTS: list[Mutant] = [
     Mutant(
@@ -158,5 +164,68 @@ MUTANTS: list[Mutant] = [
         "    copy = doubled(model)\n",
         "    copy = model\n",
         (f"{CALIBRATION}::test_the_model_and_the_data_are_left_as_they_were",),
+    ),
+    Mutant(
+        "patches in another order than the weight's columns",
+        "secateur/calibrate/moments.py",
+        "        rows = view.movedim(1, 1 + n)  # batch, *out, channels, *kernel\n",
+        "        rows = view.movedim(1, -1)\n",
+        (f"{MOMENTS}::test_patches_are_what_unfold_gives",),
+    ),
+    Mutant(
+        "elimination leaves the other weights as they were",
+        "secateur/repair/solve.py",
+        "    w -= left @ change\n",
+        "",
+        (f"{SOLVE}::test_every_step_is_the_cheapest_and_its_error_is_the_true_one",),
+    ),
+    Mutant(
+        "units of one step go by costs of before the step",
+        "secateur/repair/solve.py",
+        "        if not taken or cost <= 2 * most:\n",
+        "        if True:\n",
+        (f"{SOLVE}::test_of_two_equal_units_in_a_wide_layer_one_stays",),
+    ),
+    Mutant(
+        "the ridge is ignored",
+        "secateur/repair/solve.py",
+        "    lam = ridge * mean if mean > 0 else 1.0\n",
+        "    lam = 1e-12 * mean if mean > 0 else 1.0\n",
+        (f"{SOLVE}::test_solution_is_that_of_least_squares_on_more_rows",),
+    ),
+    Mutant(
+        "the batch norm is not folded into the layer",
+        "secateur/repair/fit.py",
+        "        w, b = w * s[..., None], (b - mean) * s + beta\n",
+        "        b = (b - mean) * s + beta\n",
+        (f"{FIT}::test_layer_and_norm_are_one_affine_map",),
+    ),
+    Mutant(
+        "the target forgets the other branch",
+        "secateur/repair/least_squares.py",
+        "target.pull(self.dense.value(chunk, target.join) - other)",
+        "target.pull(self.dense.value(chunk, target.join))",
+        (f"{TARGET}::test_an_addition_is_what_the_dense_network_has_there_minus_what_the_pruned_one_has_already",),
+    ),
+    Mutant(
+        "a layer beside an addition is counted on before it is fitted",
+        "secateur/repair/least_squares.py",
+        "        if node in layers:\n            found[node] = None\n",
+        "",
+        (f"{TARGET}::test_of_two_branches_that_meet_the_second_is_fitted_first",),
+    ),
+    Mutant(
+        "an op in place writes into what others still read",
+        "secateur/repair/flow.py",
+        "                    env[value] = env[value].clone()  # other readers of the old value may still come\n",
+        "                    pass\n",
+        (f"{FLOW}::test_every_value_is_that_of_a_plain_run",),
+    ),
+    Mutant(
+        "a fit is judged on the rows that it was made from",
+        "secateur/repair/least_squares.py",
+        "fit.error(self.held if self.held.rows else self.fit, outputs)",
+        "fit.error(self.fit, outputs)",
+        (f"{REPAIR}::test_next_to_no_data_does_no_harm",),
     ),
 ]
