@@ -24,6 +24,7 @@ REFERENCES = "tests/score/test_references.py"
 CALIBRATION = "tests/calibrate/test_calibration.py"
 PROOF = "tests/measure/test_proof.py"
 PRUNE = "tests/test_prune.py"
+SWEEP = "tests/test_sweep.py"
 MOMENTS = "tests/calibrate/test_moments.py"
 SOLVE = "tests/repair/test_solve.py"
 FIT = "tests/repair/test_fit.py"
@@ -227,5 +228,33 @@ MUTANTS: list[Mutant] = [
         "fit.error(self.held if self.held.rows else self.fit, outputs)",
         "fit.error(self.fit, outputs)",
         (f"{REPAIR}::test_next_to_no_data_does_no_harm",),
+    ),
+    Mutant(
+        "a sweep collects its statistics anew at every budget",
+        "secateur/prune.py",
+        "        if id(graph) not in self.planners:\n",
+        "        if True:\n",
+        (f"{SWEEP}::test_the_model_is_traced_and_the_data_read_once",),
+    ),
+    Mutant(
+        "a folder that was replaced is taken for a finished point",
+        "secateur/explore.py",
+        'return sha256(folder / row["folder"] / MARK) == row.get("plan_sha256")',
+        "return True",
+        (f"{SWEEP}::test_what_is_not_whole_or_of_another_sweep_is_computed_again",),
+    ),
+    Mutant(
+        "measuring what BatchNorm alone would give leaves its statistics behind",
+        "secateur/job.py",
+        "            held.copy_(before[name])\n",
+        "            pass\n",
+        ("tests/test_cli.py::test_what_batch_norm_alone_would_give_leaves_no_trace",),
+    ),
+    Mutant(
+        "figures of one row told of a call with two",
+        "secateur/retrace.py",
+        '"achieved": achieved(targets, before, after, plan)',
+        '"achieved": plan.why["achieved"]',
+        ("tests/test_cli.py::test_a_rewritten_graph_takes_any_batch",),
     ),
 ]

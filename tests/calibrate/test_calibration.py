@@ -21,7 +21,7 @@ def calibrated(model, batches, example=None, **more):
     return graph, Calibration(model, graph, batches, args=(example,), **more)
 
 
-def close(a, b, **tolerance):
+def check_close(a, b, **tolerance):
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], **tolerance)
@@ -35,11 +35,11 @@ def test_batches_of_any_size_give_the_same_means(kind, sizes):
     graph, one = calibrated(model, data(kind, (5, 6)), example=torch.ones(kind.example, dtype=torch.float64))
     other = Calibration(model, graph, data(kind, sizes), args=one.args)
     for field in ("mean", "mean_square", "mean_abs", "zeros"):
-        close(*({n: getattr(a, field) for n, a in c.activations.items()} for c in (one, other)))
+        check_close(*({n: getattr(a, field) for n, a in c.activations.items()} for c in (one, other)))
     for field in ("mean", "mean_square", "column_abs", "column_square"):
-        close(*({n: torch.stack([getattr(i, field) for i in rows]) for n, rows in c.inputs.items()} for c in (one, other)))
-    close(one.gradients.mean, other.gradients.mean, atol=1e-12, rtol=1e-9)
-    close(one.hessian_gradient, other.hessian_gradient, atol=1e-12, rtol=1e-7)
+        check_close(*({n: torch.stack([getattr(i, field) for i in rows]) for n, rows in c.inputs.items()} for c in (one, other)))
+    check_close(one.gradients.mean, other.gradients.mean, atol=1e-12, rtol=1e-9)
+    check_close(one.hessian_gradient, other.hessian_gradient, atol=1e-12, rtol=1e-7)
 
 
 def test_the_order_of_rows_does_not_matter_and_their_number_cancels():
@@ -48,7 +48,7 @@ def test_the_order_of_rows_does_not_matter_and_their_number_cancels():
     graph, once = calibrated(model, [(x, y)])
     twice = Calibration(model, graph, [(x.flip(0), y.flip(0)), (x, y)], args=once.args)
     for name in ("wanda", "apoz", "activation_mean", "flap", "taylor", "fisher"):
-        close(score.score(graph, model, name, calibration=once), score.score(graph, model, name, calibration=twice))
+        check_close(score.score(graph, model, name, calibration=once), score.score(graph, model, name, calibration=twice))
 
 
 def test_float32_sums_are_those_of_float64():
@@ -109,7 +109,7 @@ def test_labels_are_not_needed_for_activations():
     model, inputs = made(Residual), [x for x, _ in data(Residual)]
     graph, found = calibrated(model, inputs, example=inputs[0])
     with_labels = Calibration(model, graph, data(Residual), args=found.args)
-    close(*(score.score(graph, model, "wanda", calibration=c) for c in (found, with_labels)))
+    check_close(*(score.score(graph, model, "wanda", calibration=c) for c in (found, with_labels)))
 
 
 # ---------------------------------------------------------------- losses
@@ -146,9 +146,9 @@ def test_a_dict_with_labels_uses_the_loss_of_the_model_else_cross_entropy():
         gradients[name] = Calibration(kind, graph, [batch], args=(), kwargs={"values": x}).gradients.mean
     F.cross_entropy(model(x)["logits"], y).backward()
     by_hand = {n: p.grad for n, p in model.named_parameters()}
-    close(gradients["own"], {n: 3 * g for n, g in by_hand.items()})
-    close(gradients["entropy"], by_hand)
-    close(gradients["deaf"], by_hand)
+    check_close(gradients["own"], {n: 3 * g for n, g in by_hand.items()})
+    check_close(gradients["entropy"], by_hand)
+    check_close(gradients["deaf"], by_hand)
     model.zero_grad()
     found = Calibration(model, graph, [{"values": x, "labels": y}], args=(), kwargs={"values": x})
     assert found.activations["a:out"].mean_abs.shape == (5,), "the graph was traced without labels, and runs without"
@@ -165,7 +165,7 @@ def test_a_loss_of_the_user_sees_outputs_and_the_batch_as_it_came():
     _, found = calibrated(model, [x], example=x, loss=loss)
     other = copy.deepcopy(model).eval()
     other(x).square().mean().backward()
-    close(dict(found.gradients.mean), {n: p.grad for n, p in other.named_parameters()})
+    check_close(dict(found.gradients.mean), {n: p.grad for n, p in other.named_parameters()})
     assert seen == [x]
 
 
@@ -179,7 +179,7 @@ def test_labels_of_every_position(last):
     _, found = calibrated(model, [(x, y)])
     out = model(x).transpose(1, 2) if last else model(x)
     F.cross_entropy(out, y).backward()
-    close(dict(found.gradients.mean), {n: p.grad for n, p in model.named_parameters()})
+    check_close(dict(found.gradients.mean), {n: p.grad for n, p in model.named_parameters()})
 
 
 # ---------------------------------------------------------------- what is left behind
@@ -256,7 +256,7 @@ def test_inside_no_grad_and_inference_mode_gradients_are_the_same():
     graph, found = calibrated(model, batches)
     plain = found.gradients.mean
     with torch.no_grad():
-        close(plain, Calibration(model, graph, batches, args=found.args).gradients.mean)
+        check_close(plain, Calibration(model, graph, batches, args=found.args).gradients.mean)
         assert not torch.is_grad_enabled()
 
 
