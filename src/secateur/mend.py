@@ -63,7 +63,7 @@ def mend(result: Result, data: Iterable[Any], repair: str = "least_squares", say
 
     Args:
         result: what `prune(..., repair="none")` gave, in this process.
-        data: calibration batches; not read again where the result already holds a study of them.
+        data: calibration batches; not read again where the result already holds a study of this very object.
         repair: "least_squares", "bias", "batch_norm" or "none".
 
     Returns the same result; `repairs` and `plan.why["repair"]` say what was done. Where least squares cannot be had, the
@@ -99,7 +99,8 @@ def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
     dense, graph, keep = result.dense, result.graph, result.plan.keep
     if dense is None:
         raise InputError("this result was loaded from a folder: the dense model is not known.\n  Repair it where it was cut.")
-    study = result.study or study_of(dense, graph, data, result.plan.why.get("seed", 0), say)
+    known = result.study is not None and result.study.data is data
+    study = result.study if known else study_of(dense, graph, data, result.plan.why.get("seed", 0), say)
     state, rows = study.repaired(keep, how=repair)
     new = changed(dense, graph, state)
     before = {n: t.detach().clone() for n, t in state_of(result.model).items()}

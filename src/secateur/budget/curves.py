@@ -41,20 +41,23 @@ class Curve:
 
 
 def allocate(graph: Graph, curves: Mapping[str, Curve], limits: Sequence[tuple[Target, int]], floor: float = 0.1) -> dict[str, int]:
-    """Units to remove from each group so that every limit is met.
+    """Units to remove from each group so that every limit is met. A residual block (`graph.blocks`) that has a curve may go
+    entirely, a group keeps one unit at least.
 
     Raises:
         TargetError: even with `floor` of each group left a limit is not met.
     """
-    most = {n: len(c.order) - max(1, int(np.ceil(floor * len(c.order)))) for n, c in curves.items()}
+    one = {n: int(n not in graph.blocks) for n in curves}  # what must stay
+    most = {n: len(c.order) - max(one[n], int(np.ceil(floor * len(c.order))) * one[n]) for n, c in curves.items()}
     if not _met(graph, curves, most, limits):
-        most = {n: len(c.order) - 1 for n, c in curves.items()}
+        most = {n: len(c.order) - one[n] for n, c in curves.items()}
         if not _met(graph, curves, most, limits):
             have = graph.cost(_keep(curves, most))
             t, limit = next((t, n) for t, n in limits if getattr(have, t.figure) > n)
             raise TargetError(
                 f"{t} = {limit:,} {t.figure} is out of reach: with one unit left in each of the {len(curves)} groups "
-                f"that have a reader the model still has {getattr(have, t.figure):,}.\n  Ask for more, or use allocation='global'."
+                f"that have an error curve the model still has {getattr(have, t.figure):,}.\n"
+                "  Ask for more, or rank by another criterion (score='l2'), which reaches groups that no linear layer reads."
             )
     low, high = -30.0, 30.0  # log of lambda
     best = most
@@ -84,9 +87,9 @@ def _slopes(graph: Graph, curves: Mapping[str, Curve], removed: Mapping[str, int
     now = graph.cost(keep)
     out = {}
     for name, c in curves.items():
-        step = -1 if removed[name] < len(c.order) - 1 else 1  # one unit fewer, or at the end one more
-        other = graph.cost({**keep, name: c.keep(removed[name] - step)})
-        out[name] = max(_share(now, limits) - _share(other, limits), 0.0) if step < 0 else max(_share(other, limits) - _share(now, limits), 0.0)
+        last = removed[name] >= len(c.order) - (name not in graph.blocks)
+        other = graph.cost({**keep, name: c.keep(removed[name] + (-1 if last else 1))})  # at the end one unit more, else one fewer
+        out[name] = abs(_share(now, limits) - _share(other, limits))
     return out
 
 

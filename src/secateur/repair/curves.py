@@ -64,6 +64,14 @@ def readers_of(graph: Graph) -> dict[str, list[Layer]]:
     return {n: found[n] for n in sorted(found, key=lambda n: place[first[n]])}
 
 
+def in_running_order(graph: Graph, curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Curves of groups and of residual blocks in the order in which they are read and added."""
+    place = {n: i for i, n in enumerate(graph.capture.graph.nodes)}
+    groups = {n: place[some[0].node] for n, some in readers_of(graph).items() if some}
+    at = {n: place[graph.blocks[n].join] if n in graph.blocks else groups.get(n, 0) for n in curves}
+    return {n: curves[n] for n in sorted(curves, key=at.__getitem__)}
+
+
 def scored_axes(graph: Graph, attentions: Sequence[Attention]) -> dict[Axis, list[Attention]]:
     """Axes of the dimensions that queries and keys are multiplied over, where their repair is known."""
     found: dict[Axis, list[Attention]] = {}
@@ -196,3 +204,24 @@ def error_curves(graph: Graph, readers: Mapping[fx.Node, Reader], scores: Mappin
             order, error = eliminate(problems, others=others)
             curves[name] = Curve(order, torch.cat([torch.zeros(1, dtype=torch.float64), error]))
     return curves
+
+
+def block_curves(graph: Graph, dense: Mapping[str, Tensor], feeds) -> dict[str, Curve]:
+    """For every residual block the relative error of its addition when its branch is gone."""
+    if not graph.blocks:
+        return {}
+    flow = Flow(Runner(graph, {}, dict(dense)), feeds, sources(graph.capture.graph))
+    for b in graph.blocks.values():
+        flow.hold(b.join)
+        flow.hold(b.stream)
+    out = {}
+    for name, b in graph.blocks.items():
+        lost = whole = 0.0
+        for chunk in range(len(flow.left)):
+            stream, join = flow.value(chunk, b.stream), flow.value(chunk, b.join)
+            lost += float(((join - stream).double() ** 2).sum())
+            whole += float(((join - join.mean(0)).double() ** 2).sum())
+        flow.release(b.join)
+        flow.release(b.stream)
+        out[name] = Curve(torch.zeros(1, dtype=torch.int64), torch.tensor([0.0, lost / max(whole, 1e-12)], dtype=torch.float64))
+    return out

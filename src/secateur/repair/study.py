@@ -17,7 +17,7 @@ from secateur.budget.targets import Target
 from secateur.measure.run import at_rest
 from secateur.plan import Plan
 from secateur.repair.chunks import Chunks, chunks
-from secateur.repair.curves import Reader, collect, collect_scores, error_curves
+from secateur.repair.curves import Reader, block_curves, collect, collect_scores, error_curves, in_running_order
 from secateur.repair.fit import LayerRepair
 from secateur.repair.least_squares import Repair, Settings
 from secateur.repair.sensitivity import Output, Point, calibrated, sensitivity
@@ -68,6 +68,12 @@ class Study:
         return error_curves(self.chunks.graph, self.readers, scores)
 
     @cached_property
+    def blocks(self) -> dict[str, Curve]:
+        """Residual blocks as groups of one unit: the error is what the branch contributes to the addition."""
+        self.say("residual blocks")
+        return block_curves(self.chunks.graph, self.state, self.chunks.feeds[:1])
+
+    @cached_property
     def points(self) -> dict[str, list[Point]]:
         """The output's sensitivity to each group alone."""
         self.say("sensitivity of the output")
@@ -86,29 +92,31 @@ class Study:
         return found
 
     def plan(self, *targets: Target, allocation: str = "curves", depth: bool = False) -> Plan:
-        """Who stays, by the curves. `allocation`: "curves", "sensitivity" or "search".
+        """Who stays, by the curves. `allocation`: "curves", "sensitivity" or "search"; with `depth` whole residual blocks may go.
 
         Raises:
             TargetError: the budget is out of reach of the groups that have a curve.
         """
         dense = self.graph.cost()
         limits = [(t, t.limit(dense)) for t in targets]
-        keep = self._searched(limits) if allocation == "search" else self._allocated(limits, TILT, allocation == "sensitivity")
+        curves = in_running_order(self.chunks.graph, {**self.curves, **self.blocks}) if depth else self.curves
+        if allocation == "sensitivity":
+            curves = {n: calibrated(c, self.points[n]) if n in self.points else c for n, c in curves.items()}
+        keep = self._searched(limits, curves) if allocation == "search" else self._allocated(limits, TILT, curves)
         why = {"targets": [str(t) for t in targets], "limits": [n for _, n in limits], "allocation": allocation}
         return Plan(keep, dense, self.graph.cost(keep), why)
 
-    def _allocated(self, limits: list[tuple[Target, int]], tilt: float, by_output: bool = False) -> dict[str, Tensor]:
-        curves = {n: calibrated(c, self.points[n]) if n in self.points else c for n, c in self.curves.items()} if by_output else self.curves
+    def _allocated(self, limits: list[tuple[Target, int]], tilt: float, curves: Mapping[str, Curve]) -> dict[str, Tensor]:
         removed = allocate(self.graph, corrected(curves, tilt), limits)
         keep = {n: torch.ones(g.size, dtype=torch.bool) for n, g in self.graph.groups.items()}
-        return keep | {n: self.curves[n].keep(removed[n]) for n in self.curves}
+        return keep | {n: curves[n].keep(removed[n]) for n in curves}
 
-    def _searched(self, limits: list[tuple[Target, int]]) -> dict[str, Tensor]:
+    def _searched(self, limits: list[tuple[Target, int]], curves: Mapping[str, Curve]) -> dict[str, Tensor]:
         """The best of a few ways to weigh the curves, each judged by the output of a quickly repaired network."""
         best: tuple[float, dict[str, Tensor]] | None = None
         for tilt in TILTS:
             self.say(f"trying tilt {tilt:g}")
-            keep = self._allocated(limits, tilt)
+            keep = self._allocated(limits, tilt, curves)
             state, _ = self.repaired(keep, few=True)
             apart = self.output.divergence(keep, state)
             if best is None or apart < best[0]:
