@@ -57,7 +57,7 @@ def ours(score: str, x: Tensor, y: Tensor, calibration: Tensor) -> tuple[dict[st
     plain = sc.prune(model, (EXAMPLE,), sc.MACs(at_most="50%"), score=score)
     seconds = time.perf_counter() - start
     batches = list(calibration.split(256))
-    tuned = sc.prune(model, (EXAMPLE,), sc.MACs(at_most="50%"), data=batches, score=score)
+    tuned = sc.prune(model, (EXAMPLE,), sc.MACs(at_most="50%"), data=batches, score=score, repair="batch_norm")
     macs = count(plain.model, (EXAMPLE,)).macs
     row = {
         "tool": "secateur",
