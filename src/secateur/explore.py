@@ -186,7 +186,7 @@ def _point(name: tuple[str, str], result: Result, options: Options, where: tuple
     if around.out is not None:
         say("save")
         folder = save(result, Path(around.out) / folder_of(label))
-        job.write_report(job.Job(model_name, result, batch_of(*inputs), stages, folder), settings={"point": label})
+        job.write_report(job.Job(model_name, result, batch_of(*inputs), stages, folder), settings={"point": label, "command": around.command})
         row |= {"folder": folder.name, "plan_sha256": sha256(folder / MARK)}
     return plain(row)
 
