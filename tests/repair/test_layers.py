@@ -5,10 +5,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from secateur.budget import MACs
 from secateur.plan import Plan
+from secateur.prune import prune
 from secateur.repair.layers import features_of, find_layers, norm_names
 from secateur.surgery import cut
-from secateur.trace import trace
+from secateur.trace import analyse, trace
 from tests.repair.networks import Sequenced, linear, lively, seen
 
 LAYERS = {
@@ -124,6 +126,20 @@ def test_a_units_columns_are_those_that_a_cut_takes_out(name):
             assert torch.equal(layer.matrix(weight)[:, :, left], layer.matrix(of_cut))
             checked += 1
     assert checked > 1
+
+
+def test_a_group_that_is_there_twice_has_every_column_once():
+    """As many heads as dimensions each, tied so that the class can follow: unit i is head i and dimension i of all heads."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    graph = trace(model, (torch.randn(2, 5, 16),))
+    tied = analyse(graph.capture, model, (), for_class=True)
+    layer = next(x for x in find_layers(tied) if x.name == "self_attn.out_proj")
+    found = [columns for g in tied.groups.values() if g.size == 4 and (columns := features_of(tied, layer, g)) is not None]
+    assert [c.tolist() for c in found] == [[sorted({4 * i + j for j in range(4)} | {4 * j + i for j in range(4)}) for i in range(4)]]
+    data = torch.randn(128, 5, 16)
+    result = prune(model, (data[:2],), MACs(at_most="70%"), data=[data])
+    assert result.proof.passed and result.repairs
 
 
 def test_layers_that_keep_their_weights_say_why():

@@ -109,7 +109,7 @@ def find_layers(graph: Graph) -> list[Layer]:
     """Every linear and convolution of the graph with a weight of its own, in the order in which they run."""
     uses: dict[str, int] = {}
     for node in graph.capture.graph.nodes:
-        if node.op == "placeholder" and (name := _state_name(graph, node)):
+        if node.op == "placeholder" and (name := state_name(graph, node)):
             uses[name] = uses.get(name, 0) + len(node.users)
     found = []
     for node in graph.capture.graph.nodes:
@@ -126,7 +126,8 @@ def find_layers(graph: Graph) -> list[Layer]:
     return found
 
 
-def _state_name(graph: Graph, node: object) -> str | None:
+def state_name(graph: Graph, node: object) -> str | None:
+    """The state name of a parameter or buffer, the first of tied ones; None for any other node."""
     if not isinstance(node, fx.Node) or node.op != "placeholder" or node.name not in graph.capture.tensors:
         return None
     name = graph.capture.tensors[node.name]
@@ -141,10 +142,10 @@ def _layer(graph: Graph, node: fx.Node) -> Layer | None:
         return None
     args = bind(node)
     if op == "addmm":
-        weight, bias, source = (_state_name(graph, args["mat2"]), _state_name(graph, args["self"]), args["mat1"])
+        weight, bias, source = (state_name(graph, args["mat2"]), state_name(graph, args["self"]), args["mat1"])
         plain = args.get("beta", 1) == 1 and args.get("alpha", 1) == 1 and bias is not None
         return Layer(node, source, weight, bias, transposed=True) if weight and plain else None
-    weight, bias = _state_name(graph, args["weight"]), _state_name(graph, args.get("bias"))
+    weight, bias = state_name(graph, args["weight"]), state_name(graph, args.get("bias"))
     if weight is None or (args.get("bias") is not None and bias is None):
         return None  # computed weights (weight norm, standardisation) are no plain linear map of a parameter
     if op == "linear":
@@ -180,7 +181,7 @@ def _norm_after(graph: Graph, layer: Layer, uses: Mapping[str, int]) -> fx.Node 
     if len(users) != 1 or op_name(users[0]) != "batch_norm":
         return None
     args = bind(users[0])
-    names = [_state_name(graph, args[k]) for k in ("weight", "bias", "running_mean", "running_var")]
+    names = [state_name(graph, args[k]) for k in ("weight", "bias", "running_mean", "running_var")]
     if args["input"] is not layer.node or args["training"] or any(n is None or uses[n] > 1 for n in names):
         return None
     return users[0]
@@ -189,16 +190,22 @@ def _norm_after(graph: Graph, layer: Layer, uses: Mapping[str, int]) -> fx.Node 
 def norm_names(graph: Graph, norm: fx.Node) -> dict[str, str]:
     """State names of weight, bias, running_mean and running_var of a batch norm."""
     args = bind(norm)
-    return {k: str(_state_name(graph, args[k])) for k in ("weight", "bias", "running_mean", "running_var")}
+    return {k: str(state_name(graph, args[k])) for k in ("weight", "bias", "running_mean", "running_var")}
 
 
 def features_of(graph: Graph, layer: Layer, group: Group) -> Tensor | None:
     """(units, features per unit): the columns of the layer's matrix that go with each unit of the group; None where the
-    layer does not read it, or only together with what it writes (a depthwise convolution)."""
+    layer does not read it, or only together with what it writes (a depthwise convolution). Units may share columns."""
     dim = 0 if layer.transposed else 1
     slot = next((s for s in group.slots if s.tensor == layer.weight and s.dim == dim), None)
     if slot is None or layer.groups > 1:
         return None
+    positions = slot.positions
+    if len(positions.unique()) < positions.numel():  # a square of the group: row i and column i, which meet in one entry
+        distinct = [p.unique() for p in positions]
+        if len({len(p) for p in distinct}) > 1:
+            return None
+        positions = torch.stack(distinct)
     if not layer.window:
-        return slot.positions
-    return (slot.positions[:, :, None] * layer.kernel + torch.arange(layer.kernel)).reshape(group.size, -1)
+        return positions
+    return (positions[:, :, None] * layer.kernel + torch.arange(layer.kernel)).reshape(group.size, -1)
