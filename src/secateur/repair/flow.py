@@ -105,6 +105,13 @@ class Flow:
         for chunk in range(len(self.left)):
             self._used(chunk, node)
 
+    def once(self, chunk: int, node: fx.Node) -> Any:
+        """The value of a node as it would be now, without keeping it; its inputs are kept, so they must be held."""
+        for real in self._inputs(node).values():
+            if not self._constant(real):
+                self.value(chunk, real)
+        return self._run(chunk, node)
+
     def _used(self, chunk: int, node: fx.Node) -> None:
         left = self.left[chunk]
         left[node] = left.get(node, 1) - 1

@@ -23,6 +23,7 @@ from secateur.repair.attention import Attention, ScoreMoments, find_attentions, 
 from secateur.repair.fit import Affine, LayerRepair, bias_only, folded, least_squares, written
 from secateur.repair.flow import Flow, Runner, sources
 from secateur.repair.layers import Layer, find_layers, norm_names
+from secateur.repair.norms import Channels, Norm, find_norms, write_norm
 from secateur.repair.rectified import BYTES, Rows, rectified, rectified_error
 from secateur.repair.solve import RIDGE
 from secateur.repair.target import Target, find_target
@@ -83,8 +84,9 @@ class Repair:
         self.layers = [x for x in self.layers if x.node in runs]  # a removed block needs no repair, and is not held for it
         for flow in (self.dense, self.pruned):
             flow.runner.zeroed_weights = {x.node for x in self.layers}
-        self.upstream = _upstream(graph, reads, self.pruned.runner, {x.node for x in self.layers})
-        self.by_node = {x.node: x for x in self.layers}
+        self.norms = [x for x in find_norms(graph, self.layers) if x.node in runs]
+        self.by_node: dict[fx.Node, Layer | Norm] = {x.node: x for x in (*self.layers, *self.norms)}
+        self.upstream = _upstream(graph, reads, self.pruned.runner, set(self.by_node))
         self.targets = {x.node: find_target(x) for x in self.layers if not x.why_not}
         self.affected = _affected(graph, reads, self.keep)
         self.attentions = find_attentions(graph, self.layers)
@@ -96,31 +98,36 @@ class Repair:
 
     def run(self, progress: Callable[[str], None] | None = None) -> list[LayerRepair]:
         """Fit every layer; returns what became of each."""
-        for layer in self.layers:  # values that a fit will ask for must not be dropped before
-            for flow, node in self._asked(layer):
+        for item in self.by_node.values():  # values that a fit will ask for must not be dropped before
+            for flow, node in self._asked(item):
                 flow.hold(node)
         for attention in self.attentions:
             for flow, node in self._asked_for_scores(attention):
                 flow.hold(node)
-        for layer in self.layers:
+        place = {n: i for i, n in enumerate(self.graph.capture.graph.nodes)}
+        for item in sorted(self.by_node.values(), key=lambda x: place[x.node]):
             if progress:
-                progress(layer.name)
-            self.fit(layer)
+                progress(item.name)
+            self.fit(item)
         return self.rows
 
-    def _asked(self, layer: Layer) -> list[tuple[Flow, fx.Node]]:
+    def _asked(self, layer: Layer | Norm) -> list[tuple[Flow, fx.Node]]:
+        if isinstance(layer, Norm):
+            return [(self.dense, layer.node), (self.pruned, layer.source)]
         if layer.why_not:
             return []
         t = self.targets[layer.node]
         asked = [(self.dense, layer.end), (self.pruned, layer.source)]
         return asked + ([(self.dense, t.join), (self.pruned, t.other)] if t.join is not None and t.other is not None else [])
 
-    def fit(self, layer: Layer) -> None:
-        """Fit one layer, and before it those that its target waits for."""
+    def fit(self, layer: Layer | Norm) -> None:
+        """Fit one layer or norm, and before it those that its target waits for."""
         if layer.node in self.done or layer.node in self.busy:
             return
         self.busy.add(layer.node)
-        if not layer.why_not and self._wanted(layer):
+        if isinstance(layer, Norm):
+            self._fit_norm(layer)
+        elif not layer.why_not and self._wanted(layer):
             for x in self.upstream[layer.source]:
                 self.fit(self.by_node[x])
             target = self.targets[layer.node]
@@ -138,6 +145,23 @@ class Repair:
         for a in self.attentions:
             if layer.node in (a.query.node, a.key.node) and {a.query.node, a.key.node} <= self.done:
                 self._fit_scores(a)
+
+    def _fit_norm(self, norm: Norm) -> None:
+        if norm.source not in self.affected:
+            return
+        for x in self.upstream[norm.source]:
+            self.fit(self.by_node[x])
+        channels = Channels()
+        for chunk in range(self.chunks):
+            channels.add(self.pruned.once(chunk, norm.node), self.dense.value(chunk, norm.node), norm.dim)
+        kept = torch.from_numpy(mask(self.graph.tensors[norm.weight][0], self.graph.keep_axes(self.keep)).copy())
+        a, c, before, after = channels.fitted(norm.bias is not None, not self.settings.only_bias)
+        better = kept & (after < before)
+        write_norm(norm, self.state, a, c, better)
+        scale = float(channels.variance()[kept].sum()) or 1.0
+        plain, repaired = float(before[kept].sum()) / scale, float(torch.where(better, after, before)[kept].sum()) / scale
+        used, why = ("least squares", "") if bool(better.any()) else ("plain", "the fit is no better")
+        self.rows.append(LayerRepair(norm.name, channels.rows, plain, plain, repaired, used, why))
 
     def _asked_for_scores(self, a: Attention) -> list[tuple[Flow, fx.Node]]:
         return [x for layer in (a.query, a.key) for x in ((self.dense, layer.end), (self.pruned, layer.source))]
