@@ -93,6 +93,17 @@ def test_the_model_is_traced_and_the_data_read_once(net, monkeypatch):
     assert found[0].study is found[1].study is found[2].study
 
 
+@pytest.mark.parametrize("chosen", [(), ("--score", "l2")])
+def test_the_command_collects_statistics_once(run, tmp_path, monkeypatch, chosen):
+    study = sys.modules["secateur.repair.study"]
+    made, real = [], study.chunks
+    monkeypatch.setattr(study, "chunks", lambda *a, **k: made.append(a) or real(*a, **k))
+    run(*order(tmp_path / "out", *chosen))
+    assert len(made) == 1
+    run("prune", NET, "--at-most", "macs=60%", "--data", ROWS, *chosen)
+    assert len(made) == 2
+
+
 def test_what_is_done_is_handed_out_before_what_fails(net):
     done = []
     with pytest.raises(TargetError):

@@ -139,7 +139,8 @@ def dense_accuracy(model: nn.Module, data: Data | None, say: Progress) -> dict[s
 def repaired(result: Result, data: Data, repair: str, say: Progress) -> dict[str, float]:
     """Repair a cut model in place from the training part of the data; the accuracies before and after where there are labels."""
     measured: dict[str, float] = {}
-    model, train = result.model, Cast(result.model, data.train)
+    model = result.model
+    train = result.study.data if result.study is not None else Cast(model, data.train)  # the object that statistics are kept of
     if data.labelled:
         say("accuracy as cut")
         measured["cut"] = accuracy(model, Cast(model, data.test))

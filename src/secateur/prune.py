@@ -245,7 +245,8 @@ class Work:
         scores = criteria.score(graph, self.model, how.score, how.seed, statistics)
         if how.depth:
             scores = {**scores, **criteria.blocks(graph, self.model)}
-        return _Planner(partial(budget.plan, graph, scores, allocation=how.allocation), scores)
+        study = study_of(self.model, graph, how.data, how.seed, say=self.say) if how.data is not None else None  # for the repair
+        return _Planner(partial(budget.plan, graph, scores, allocation=how.allocation), scores, study)
 
     def _by_curves(self, graph: Graph) -> _Planner:
         how = self.how
