@@ -141,7 +141,8 @@ def _one_by_one(states: Sequence[tuple[Tensor, Tensor, Tensor, float]], units: T
     for z, w, columns, scale in states:
         at = columns[units].reshape(-1)
         blocks.append((z[at][:, at], w[at], torch.arange(len(at)).reshape(len(units), -1), scale))
-    taken, costs = [], []
+    taken: list[int] = []
+    costs: list[float] = []
     for i in range(len(units)):
         cost = sum(scale * float(_costs(z, w, columns[i : i + 1])) for z, w, columns, scale in blocks)
         if not taken or cost <= 2 * most:
