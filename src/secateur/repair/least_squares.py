@@ -42,6 +42,7 @@ class Settings:
         rows: of calibration per layer at most, as a multiple of its features (sampled positions); never under `least`.
         held_out: every n-th chunk judges the fit.
         everywhere: also layers none of whose inputs went, to correct what went wrong upstream.
+        sampled: bytes of rows that a fit through a ReLU may keep.
         only_bias: correct biases only (and the means of batch norms).
     """
 
@@ -51,6 +52,7 @@ class Settings:
     held_out: int = 8
     everywhere: bool = True
     only_bias: bool = False
+    sampled: int = BYTES
     seed: int = 0
 
 
@@ -220,7 +222,7 @@ class Repair:
         random = torch.Generator().manual_seed(s.seed)
         outputs = self.state[layer.weight].shape[1 if layer.transposed else 0]
         fit, held = (Moments(layer.groups, features, outputs // layer.groups) for _ in range(2))
-        sample = Sample(fit, held, Rows(), Rows(), _rectified(target.join or layer.end))
+        sample = Sample(fit, held, Rows(limit=s.sampled), Rows(limit=s.sampled), _rectified(target.join or layer.end))
         for chunk in range(self.chunks):
             x = self.pruned.value(chunk, layer.source)
             at = None if take == places else torch.randperm(places, generator=random)[:take].sort()[0]
@@ -231,7 +233,7 @@ class Repair:
             if chunk == 0:
                 held.shifted_like(fit)
             if sample.rectified:
-                share = BYTES / (4.0 * self.chunks * (rows.numel() + 2 * t.numel()))
+                share = s.sampled / (4.0 * self.chunks * (rows.numel() + 2 * t.numel()))
                 o = None if other is None else layer.outputs(other, at)
                 (sample.held_rows if out else sample.fit_rows).add(rows, t, o, min(1.0, share))
         fit.check(layer.name)

@@ -19,7 +19,7 @@ from secateur.calibrate.moments import Moments
 from secateur.repair.fit import Affine
 from secateur.repair.solve import factor
 
-BYTES = 2**27  # of sampled rows kept per layer
+BYTES = 2**26  # of sampled rows kept per layer
 ROUNDS = 8
 
 
@@ -31,13 +31,14 @@ class Rows:
     t: list[Tensor] = field(default_factory=list)
     o: list[Tensor] = field(default_factory=list)
     size: int = 0
+    limit: int = BYTES
 
     def add(self, x: Tensor, t: Tensor, o: Tensor | None, share: float) -> None:
         """Keep `share` of the rows of x (groups, rows, features), t and o (groups, rows, outputs), evenly spread."""
         step = math.ceil(1 / max(share, 1e-9))
         x, t = x[:, ::step].float().clone(), t[:, ::step].float().clone()
         o = torch.zeros_like(t) if o is None else o[:, ::step].float().clone()
-        if not self.x or self.size + 4 * (x.numel() + t.numel()) <= BYTES:
+        if not self.x or self.size + 4 * (x.numel() + t.numel()) <= self.limit:
             self.x.append(x)
             self.t.append(t + o)
             self.o.append(o)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from secateur.trace import Graph
 
 ROWS_FOR_CURVES = 50_000
 FEW = 4  # chunks that curves and sensitivities are taken from
+QUICK_ROWS = 100  # per feature, where a repair only decides between two plans
 TILT = 1.5
 TILTS = (1.5, 0.0)  # tried by allocation="search"
 
@@ -127,8 +128,11 @@ class Study:
     def repaired(self, keep: Mapping[str, Tensor], few: bool = False, how: str = "least_squares") -> tuple[dict[str, Tensor], list[LayerRepair]]:
         """The tensors of the model, of the dense shapes, fitted for `keep`, and what became of every layer."""
         feeds = self.chunks.feeds[:FEW] if few else self.chunks.feeds
+        settings = Settings(seed=self.seed, only_bias=how == "bias")
+        if few:
+            settings = replace(settings, rows=QUICK_ROWS, least=QUICK_ROWS * 200, sampled=2**24)
         with at_rest(self.model):
-            repair = Repair(self.chunks.graph, keep, self.state, feeds, Settings(seed=self.seed, only_bias=how == "bias"))
+            repair = Repair(self.chunks.graph, keep, self.state, feeds, settings)
             rows = repair.run(lambda layer: self.say(f"repair {layer}"))
         return repair.state, rows
 
