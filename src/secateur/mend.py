@@ -99,8 +99,9 @@ def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
     dense, graph, keep = result.dense, result.graph, result.plan.keep
     if dense is None:
         raise InputError("this result was loaded from a folder: the dense model is not known.\n  Repair it where it was cut.")
-    known = result.study is not None and result.study.data is data
-    study = result.study if known else study_of(dense, graph, data, result.plan.why.get("seed", 0), say)
+    study = result.study
+    if study is None or study.data is not data:
+        study = study_of(dense, graph, data, result.plan.why.get("seed", 0), say)
     state, rows = study.repaired(keep, how=repair)
     new = changed(dense, graph, state)
     before = {n: t.detach().clone() for n, t in state_of(result.model).items()}

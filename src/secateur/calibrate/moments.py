@@ -125,5 +125,5 @@ def patches(x: Tensor, kernel: list[int], stride: list[int], padding: list[int],
         rows = view.movedim(1, 1 + n)  # batch, *out, channels, *kernel
     else:
         where = torch.unravel_index(at, out)
-        rows = view.permute(0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))[(slice(None), *where)]
+        rows = view.permute(*range(2, 2 + n), 0, 1, *range(2 + n, 2 + 2 * n))[where].transpose(0, 1)
     return rows.reshape(-1, x.shape[1], int(torch.tensor(kernel).prod()))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -79,10 +80,10 @@ def _origin(node: fx.Node, by_end: Mapping[fx.Node, Layer]) -> tuple[Layer, Tens
         node = inputs[0]
     layer = by_end[node]
     value = node.meta["val"]
-    index: object = torch.arange(value.shape[-1]).expand(tuple(value.shape)).contiguous()
+    index: Any = torch.arange(value.shape[-1]).expand(tuple(value.shape)).contiguous()
     for step in reversed(path):
         (before,) = step.all_input_nodes
-        args, kwargs = fx.map_arg((step.args, step.kwargs), lambda n, b=before, i=index: i)
+        args, kwargs = fx.map_arg((step.args, step.kwargs), {before: index}.__getitem__)
         index = step.target(*args, **kwargs)  # type: ignore[operator]
     if not isinstance(index, Tensor) or index.dim() != 4:
         return None

@@ -93,7 +93,7 @@ def _summed_elsewhere(graph: Graph, layers: set[fx.Node]) -> set[Axis]:
         found |= inside if term.op in _RECURRENT else inside - outside
         if term.op == "scaled_dot_product_attention":  # q k^T sums over its last dimension, which v may share
             c = Call(term.node, graph.env)
-            found |= {a for name in ("query", "key") for a in axes_of(c.dims(name)[-1])}
+            found |= {a for name in ("query", "key") for a in axes_of((c.dims(name) or ())[-1])}
     return found
 
 

@@ -158,7 +158,7 @@ def _convolution(graph: Graph, node: fx.Node, args: dict, names: tuple[str, str 
     kernel = shape_of(args["weight"].meta["val"])[2:]
 
     def spread(value: object) -> list[int]:
-        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        values: list = list(value) if isinstance(value, (list, tuple)) else [value]
         return [int(v) for v in (values * n if len(values) == 1 else values)]
 
     padding = args["padding"]

@@ -87,7 +87,7 @@ class Repair:
         for flow in (self.dense, self.pruned):
             flow.runner.zeroed_weights = {x.node for x in self.layers}
         self.norms = [x for x in find_norms(graph, self.layers) if x.node in runs]
-        self.by_node: dict[fx.Node, Layer | Norm] = {x.node: x for x in (*self.layers, *self.norms)}
+        self.by_node: dict[fx.Node, Layer | Norm] = {**{x.node: x for x in self.layers}, **{x.node: x for x in self.norms}}
         self.upstream = _upstream(graph, reads, self.pruned.runner, set(self.by_node))
         self.targets = {x.node: find_target(x) for x in self.layers if not x.why_not}
         self.affected = _affected(graph, reads, self.keep)
@@ -134,10 +134,11 @@ class Repair:
                 self.fit(self.by_node[x])
             target = self.targets[layer.node]
             if target.other is not None:
-                if any(x in self.busy for x in self.upstream[target.other]):
+                before = self.upstream[target.other]
+                if any(x in self.busy for x in before):
                     target = Target()  # the other branch is being fitted right now, and waits for this one
                 else:
-                    for x in self.upstream[target.other]:
+                    for x in before:
                         self.fit(self.by_node[x])
             self._decide(layer, self._moments(layer, target))
         for flow, node in self._asked(layer):

@@ -96,7 +96,7 @@ def eliminate(
     Returns (order, error): the units as they go, int64, and the total squared error after each, float64. The errors
     of problems start at 0: they are what removing adds.
     """
-    units = len([*problems, *others][0].columns)
+    units = len((problems[0] if problems else others[0]).columns)
     for other in others:
         other.begin(ridge)
     remove = units if remove is None else remove
@@ -105,7 +105,7 @@ def eliminate(
         lower, _ = factor(p.a, ridge)
         states.append((torch.cholesky_inverse(lower), p.w.clone(), p.columns, p.scale))
     alive = torch.arange(units)
-    order, errors, total = [], [], 0.0
+    order, errors, total = list[int](), list[float](), 0.0
     while len(order) < remove and len(alive):
         cost = torch.zeros(len(alive), dtype=torch.float64)
         for z, w, columns, scale in states:

@@ -4,7 +4,7 @@ sensitivity of the output. Plans for any number of budgets are made from it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,10 +14,11 @@ from torch import Tensor, fx, nn
 
 from secateur.budget.curves import Curve, allocate
 from secateur.budget.targets import Target
+from secateur.errors import TargetError
 from secateur.measure.run import at_rest
 from secateur.plan import Plan
 from secateur.repair.chunks import Chunks, chunks
-from secateur.repair.curves import Reader, block_curves, collect, collect_scores, error_curves, in_running_order
+from secateur.repair.curves import Reader, block_curves, collect, collect_scores, error_curves, in_running_order, readers_of
 from secateur.repair.fit import LayerRepair
 from secateur.repair.least_squares import Repair, Settings
 from secateur.repair.sensitivity import Output, Point, calibrated, sensitivity
@@ -27,7 +28,7 @@ ROWS_FOR_CURVES = 50_000
 FEW = 4  # chunks that curves and sensitivities are taken from
 QUICK_ROWS = 100  # per feature, where a repair only decides between two plans
 TILT = 1.5
-TILTS = (1.5, 0.0)  # tried by allocation="search"
+TRIED = ((1.5, False), (0.0, False), (0.0, True))  # by "search": tilt; whether residual streams may be cut
 
 BY_CURVES = ("curves", "sensitivity", "search")
 
@@ -81,6 +82,11 @@ class Study:
         return sensitivity(self.chunks.graph, self.state, self.readers, self.curves, self.output)
 
     @cached_property
+    def streams(self) -> set[str]:
+        """Groups that several layers read: residual streams."""
+        return {n for n, some in readers_of(self.chunks.graph).items() if len(some) > 1}
+
+    @cached_property
     def output(self) -> Output:
         return Output(self.chunks.graph, self.state, self.chunks.feeds[-FEW // 2 :])
 
@@ -108,16 +114,23 @@ class Study:
         return Plan(keep, dense, self.graph.cost(keep), why)
 
     def _allocated(self, limits: list[tuple[Target, int]], tilt: float, curves: Mapping[str, Curve]) -> dict[str, Tensor]:
-        removed = allocate(self.graph, corrected(curves, tilt), limits)
+        removed = allocate(self.graph, corrected(curves, tilt, self.streams), limits)
         keep = {n: torch.ones(g.size, dtype=torch.bool) for n, g in self.graph.groups.items()}
         return keep | {n: curves[n].keep(removed[n]) for n in curves}
 
     def _searched(self, limits: list[tuple[Target, int]], curves: Mapping[str, Curve]) -> dict[str, Tensor]:
         """The best of a few ways to weigh the curves, each judged by the output of a quickly repaired network."""
         best: tuple[float, dict[str, Tensor]] | None = None
-        for tilt in TILTS:
-            self.say(f"trying tilt {tilt:g}")
-            keep = self._allocated(limits, tilt, curves)
+        several = self.streams
+        for tilt, free in TRIED if several else [(tilt, True) for tilt in dict.fromkeys(t for t, _ in TRIED)]:
+            self.say(f"trying tilt {tilt:g}{'' if free else ', residual streams whole'}")
+            chosen = curves if free else {n: c for n, c in curves.items() if n not in several}
+            try:
+                keep = self._allocated(limits, tilt, chosen)
+            except TargetError:
+                if free and best is None:
+                    raise
+                continue
             state, _ = self.repaired(keep, few=True)
             apart = self.output.divergence(keep, state)
             if best is None or apart < best[0]:
@@ -137,11 +150,12 @@ class Study:
         return repair.state, rows
 
 
-def corrected(curves: Mapping[str, Curve], tilt: float) -> dict[str, Curve]:
+def corrected(curves: Mapping[str, Curve], tilt: float, streams: Collection[str] = ()) -> dict[str, Curve]:
     """Curves as they count for a network that is repaired afterwards: `error * exp(tilt * (place - 1/2))`.
 
     What goes wrong early is corrected by every fit behind it, so the same error weighs more the later it arises (place: 0 for
-    the first group, 1 for the last).
+    the first group, 1 for the last and for residual streams, which are read to the end).
     """
     last = max(1, len(curves) - 1)
-    return {n: Curve(c.order, c.error.clamp_min(0) * math.exp(tilt * (i / last - 0.5))) for i, (n, c) in enumerate(curves.items())}
+    place = {n: 1.0 if n in streams else i / last for i, n in enumerate(curves)}
+    return {n: Curve(c.order, c.error.clamp_min(0) * math.exp(tilt * (place[n] - 0.5))) for n, c in curves.items()}

@@ -33,7 +33,7 @@ class Target:
 
 def find_target(layer: Layer) -> Target:
     """Follow the layer's end through ops that only move values, up to an addition."""
-    node, back = layer.end, []
+    node, back = layer.end, list[Callable[[Tensor], Tensor]]()
     while len(node.users) == 1:
         (user,) = node.users
         op = op_name(user) if user.op == "call_function" else ""
