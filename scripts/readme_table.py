@@ -6,6 +6,8 @@ Run as `python scripts/readme_table.py` to write, with `--check` to fail if writ
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ def coverage(data: dict[str, Any]) -> Rows:
     if any(model["secateur"] is None for model in data["models"]):
         return
     for kind, n in data["counts"].items():
-        if n["models"]:
+        if kind == "all":  # by kind: benchmarks/results/zoo.md
             yield (
                 f"half of the MACs: {kind}, {n['models']} models",
                 f"captured {n['captured']}, proven {n['proven']}, at 50 % {n['at_half']}, stop short {n['stop_short']} "
@@ -34,15 +36,35 @@ def coverage(data: dict[str, Any]) -> Rows:
 
 def resnet56(data: dict[str, Any]) -> Rows:
     """benchmarks/results/resnet56.json: accuracy at half of the MACs without training."""
-    dense = data["dense"]
-    yield f"{data['model']}: dense", f"{dense['accuracy']} %, {dense['macs']:,} MACs"
-    for row in data["rows"]:
-        who = f"{row['tool']}, {row['score']}" + (", global" if row.get("global") else "")
-        yield (
-            f"no training, {who}",
-            f"{row['accuracy_as_cut']} % as cut, {row['accuracy_bn_re_estimated']} % with BatchNorm re-estimated, "
-            f"{row['macs_percent']} % of the MACs",
-        )
+    def best(tool: str) -> str:
+        return f"{max(row['accuracy_bn_re_estimated'] for row in data['rows'] if row['tool'] == tool)} %"
+
+    yield (
+        f"{data['model']}, half of the MACs, BatchNorm re-estimated only",
+        f"dense {data['dense']['accuracy']} %, by magnitude {best('secateur')}, Torch-Pruning by magnitude {best('torch-pruning')}",
+    )
+
+
+def no_training(folder: Path) -> Rows:
+    """benchmarks/results/no_training/TASK.jsonl: mean and standard deviation over the seeds beside the best of the others."""
+    for path in sorted(folder.glob("*.jsonl")):
+        rows = [row for line in path.read_text().splitlines() if "error" not in (row := json.loads(line))]
+        dense = next((row for row in rows if row["method"] == "dense"), {})
+        metric = next((m for m in ("top1", "cosine", "perplexity") if m in dense), "top1")
+        for ratio in sorted({row["ratio"] for row in rows if row["method"] == "ours"}):
+            by_method: dict[str, list[float]] = {}
+            for row in rows:
+                if row["ratio"] == ratio and "/" not in row["method"]:
+                    by_method.setdefault(row["method"], []).append(row[metric])
+            ours = by_method.pop("ours")
+            spread = f" ± {statistics.stdev(ours):.2f}" if len(ours) > 1 else ""
+            better = min if metric == "perplexity" else max
+            others = [(statistics.fmean(v), m.replace("_", " ")) for m, v in by_method.items()]
+            beside = "; best other method that was run: {1} {0:.2f}".format(*better(others)) if others else ""
+            yield (
+                f"no training, {path.stem} {ratio} ({metric}, {len(ours)} seeds)",
+                f"**{statistics.fmean(ours):.2f}{spread}** (dense {dense.get(metric, math.nan):.2f}{beside})",
+            )
 
 
 def speed(data: dict[str, Any]) -> Rows:
@@ -54,9 +76,9 @@ def speed(data: dict[str, Any]) -> Rows:
             f"{ours['all']:.2f} s, of it {ours['export']:.2f} s torch.export (Torch-Pruning: one step {theirs['all']:.2f} s, "
             f"search for the ratio that gives half {theirs['search']:.2f} s)",
         )
-    for row in data["alone"]:
-        if "seconds" in row:
-            yield f"trace, plan{'' if 'params' in row else ' and cut'} {row['model']}", f"{row['seconds']['all']:.2f} s"
+    alone = [f"{row['model']} {row['seconds']['all']:.2f} s" for row in data["alone"] if "seconds" in row]
+    if alone:
+        yield "the same alone (Llama: traced and planned)", ", ".join(alone)
 
 
 SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
@@ -74,6 +96,8 @@ def table(folder: Path) -> str:
             source = f"[`{command}`](benchmarks/results/{name})"
             data = json.loads((folder / name).read_text())
             lines += [f"| {what} | {figure} | {source} |" for what, figure in rows(data)]
+    source = "[`python -m benchmarks.no_training`](benchmarks/results/no_training.md)"
+    lines += [f"| {what} | {figure} | {source} |" for what, figure in no_training(folder / "no_training")]
     return "\n".join(lines) if len(lines) > 2 else "No results have been committed yet."
 
 

@@ -18,7 +18,15 @@ from secateur.errors import TargetError
 from secateur.measure.run import at_rest
 from secateur.plan import Plan
 from secateur.repair.chunks import Chunks, chunks
-from secateur.repair.curves import Reader, block_curves, collect, collect_scores, error_curves, in_running_order, readers_of
+from secateur.repair.curves import (
+    Reader,
+    block_curves,
+    collect,
+    collect_scores,
+    error_curves,
+    in_running_order,
+    readers_of,
+)
 from secateur.repair.fit import LayerRepair
 from secateur.repair.least_squares import Repair, Settings
 from secateur.repair.sensitivity import Output, Point, calibrated, sensitivity
