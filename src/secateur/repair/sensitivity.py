@@ -90,6 +90,10 @@ def stitched(graph: Graph, state: Mapping[str, Tensor], readers: Mapping[fx.Node
                 kept[columns[~keep[name]].reshape(-1)] = False
     for node, kept in lost.items():
         r = readers[node]
+        if r.layer.why_not:  # a shared weight: what went is cut out of it, and it stays as it is
+            w = r.layer.matrix(new[r.layer.weight].detach())
+            new[r.layer.weight] = r.layer.stored(torch.where(kept, w, torch.zeros((), dtype=w.dtype)), new[r.layer.weight])
+            continue
         written_plainly(r.layer, new, r.stitched(kept), r.norm, r.eps)
     return new
 
