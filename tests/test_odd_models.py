@@ -271,7 +271,7 @@ def test_scores_may_be_lists_and_narrow_floats():
 
 def test_a_last_batch_of_one_row_counts_for_one_row():
     model, x = NORMED(), torch.randn(65, 6)
-    fitted = sc.prune(model, (X,), sc.MACs(at_most="90%"), data=[x[:64], x[64:]]).model
+    fitted = sc.prune(model, (X,), sc.MACs(at_most="90%"), data=[x[:64], x[64:]], repair="batch_norm").model
     torch.testing.assert_close(fitted[1].running_mean, fitted[0](x).mean(0))
     assert (fitted[1].running_var / fitted[0](x).var(0) - 1).abs().max() < 0.15
 
@@ -301,7 +301,7 @@ def test_a_forward_with_a_fixed_dtype_cannot_be_proven():
 
 @pytest.mark.parametrize("given", [dict(threads=0), dict(threads=10**9), dict(threads="2"), dict(rounds=1)])
 def test_measure_refuses_what_cannot_be_timed(given):
-    with pytest.raises(InputError, match="spread needs 2 rounds"):
+    with pytest.raises(InputError, match="spread needs 2 rounds" if "rounds" in given else "1 to 1024 threads"):
         sc.measure(Two(), (X,), **given)
 
 

@@ -113,6 +113,8 @@ def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
             for name, tensor in state_of(result.model).items():
                 tensor.copy_(before[name])
         require(proof, f"{type(dense).__name__}, repaired")
+    if (left := study.chunks.left_out) >= study.chunks.rows // len(study.chunks.feeds):  # more than what is over of whole chunks
+        result.notes.append(f"{left} rows of data were left out of the repair: their shapes are not those of the first batch")
     result.repairs, result.study = rows, study
     result.plan = replace(result.plan, why={**result.plan.why, "repair": repair, "calibration_rows": study.chunks.rows})
     return result

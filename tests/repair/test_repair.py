@@ -306,7 +306,7 @@ def test_bad_data_is_named_and_the_model_is_whole():
     cases = {
         "batch 2 of data.*NaN": [rows_of(shape, 64, 1), torch.full((64, 10), float("nan"))],
         "no row": [],
-        "cannot be traced": [torch.randn(64, 11)],
+        "does not run": [torch.randn(64, 11)],
         "layer '2'.*not finite": [torch.full((64, 10), float("inf"))] * 4,
     }
     for said, data in cases.items():

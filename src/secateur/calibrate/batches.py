@@ -51,7 +51,7 @@ def read(data: Iterable[Any], args: tuple) -> Iterator[Batch]:
     for number, item in enumerate(arriving(data), 1):
         found, named = _inputs(item, args)
         if batch_of(found, named) == 0:
-            raise _no_rows(number, found, named)
+            raise no_rows(number, found, named)
         labels = named.get("labels") if isinstance(item, Mapping) else None
         if isinstance(item, (tuple, list)) and len(item) > len(found):
             labels = item[len(found)]
@@ -91,7 +91,7 @@ def run(model: torch.nn.Module, number: int, args: tuple, kwargs: Mapping) -> An
         DataError: a batch without rows, or one that the model cannot run.
     """
     if batch_of(args, kwargs) == 0:
-        raise _no_rows(number, args, kwargs)
+        raise no_rows(number, args, kwargs)
     try:
         return forward(model, args, kwargs)
     except InputError as error:
@@ -107,5 +107,6 @@ def does_not_run(number: int, args: tuple, kwargs: Mapping, said: str) -> DataEr
     )
 
 
-def _no_rows(number: int, args: tuple, kwargs: Mapping) -> DataError:
+def no_rows(number: int, args: tuple, kwargs: Mapping) -> DataError:
+    """What to raise for a batch without rows."""
     return DataError(f"batch {number} of data has no rows: {shapes(args, kwargs)}.\n  Leave empty batches out.")

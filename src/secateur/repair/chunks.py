@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from secateur.calibrate.batches import arriving, batches
+from secateur.calibrate.batches import arriving, batches, no_rows, run
 from secateur.errors import CaptureError, DataError
 from secateur.measure.run import batch_of, shapes
 from secateur.trace import Graph
@@ -35,18 +35,22 @@ class Chunks:
     left_out: int
 
 
-def chunks(data: Iterable[Any], graph: Graph, again: Callable[[tuple, Mapping], Graph], rows: int = ROWS, size: int = SIZE) -> Chunks:
-    """Read at most `rows` rows of data into chunks of `size` (smaller ones where that makes fewer than 4), and trace the model with one of them.
+def chunks(
+    data: Iterable[Any], graph: Graph, again: Callable[[tuple, Mapping], Graph], model: nn.Module | None = None, rows: int = ROWS, size: int = SIZE
+) -> Chunks:
+    """Read at most `rows` rows of data into chunks of `size` (smaller ones where that makes fewer than 4), and trace the model
+    with one of them. Batches of other shapes than the first are left out, and counted.
 
     Args:
         data: as `secateur.calibrate.batches` reads it; labels are dropped.
         graph: the trace that the plan is for; `again(args, kwargs)` traces the model with other inputs.
+        model: runs once on every shape that occurs, so that data it cannot take is refused and not left out.
 
     Raises:
-        DataError: no rows, or the model has other groups on the data than on its example inputs.
+        DataError: no rows, a batch that the model cannot run, or the model has other groups on the data than on its example inputs.
     """
     args, kwargs = graph.program.example_inputs
-    found, left_out, spec = _rows(data, args, kwargs, rows)
+    found, left_out, spec = _rows(data, (args, kwargs), rows, model)
     n = min(size, max(1, len(found[0]) // FEWEST)) if found and len(found[0]) else 0
     if not n:
         raise DataError("there is no row of calibration data.\n  Give at least one batch.")
@@ -75,8 +79,10 @@ def _traced(again: Callable[[tuple, Mapping], Graph], feed: Call, example: str) 
         ) from error
 
 
-def _rows(data: Iterable[Any], args: tuple, kwargs: Mapping, most: int) -> tuple[list[Tensor], int, Any]:
+def _rows(data: Iterable[Any], example: tuple[tuple, Mapping], most: int, model: nn.Module | None) -> tuple[list[Tensor], int, Any]:
     """Every input tensor over all rows taken, the number of rows with other shapes, and the structure of a call."""
+    args, kwargs = example
+    seen: list = []
     columns: list[list[Tensor]] = []
     kind: Any = None
     spec: Any = None
@@ -85,6 +91,11 @@ def _rows(data: Iterable[Any], args: tuple, kwargs: Mapping, most: int) -> tuple
         named = {k: v for k, v in named.items() if k in kwargs or (k != "labels" and not kwargs)}
         leaves, this = tree_flatten((found, named))
         n = batch_of(found, named)
+        if n == 0:
+            raise no_rows(number, found, named)
+        if model is not None and shapes_after_rows(leaves) not in seen:
+            seen.append(shapes_after_rows(leaves))
+            run(model, number, found, named)
         if not all(isinstance(t, Tensor) and t.dim() and t.shape[0] == n for t in leaves):
             raise DataError(
                 f"an input of {shapes(found, named)} has no row for each of the {n} samples, so it cannot be split.\n"
@@ -92,7 +103,7 @@ def _rows(data: Iterable[Any], args: tuple, kwargs: Mapping, most: int) -> tuple
             )
         if any(bool(t.isnan().any()) for t in leaves if t.is_floating_point()):
             raise DataError(f"batch {number} of data, {shapes(found, named)}, holds NaN.\n  Leave such rows out.")
-        shape = [(t.shape[1:], t.dtype) for t in leaves]
+        shape = shapes_after_rows(leaves)
         kind = kind or shape
         if shape != kind or (spec is not None and this != spec):
             left_out += n
@@ -105,3 +116,8 @@ def _rows(data: Iterable[Any], args: tuple, kwargs: Mapping, most: int) -> tuple
         if taken >= most:
             break
     return [torch.cat(c) for c in columns], left_out, spec
+
+
+def shapes_after_rows(leaves: list) -> list:
+    """Shape without the batch, and dtype, of every tensor."""
+    return [(t.shape[1:], t.dtype) for t in leaves if isinstance(t, Tensor)]

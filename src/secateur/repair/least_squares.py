@@ -76,7 +76,7 @@ class Repair:
     ):
         self.settings = settings or Settings()
         self.graph, self.keep = graph, dict(keep)
-        dense = {name: tensor.detach() for name, tensor in dense.items()}
+        dense = {n: t.detach() if t.requires_grad else t for n, t in dense.items()}
         self.state = dict(dense)
         self.layers = find_layers(graph)
         self.chunks, self.samples = len(feeds), sum(batch_of(*f) for f in feeds)

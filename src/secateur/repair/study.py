@@ -57,7 +57,7 @@ class Study:
     @cached_property
     def chunks(self) -> Chunks:
         with at_rest(self.model):
-            return chunks(self.data, self.graph, self.again)
+            return chunks(self.data, self.graph, self.again, self.model)
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
