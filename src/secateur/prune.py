@@ -57,7 +57,7 @@ def prune(
             batch size free where the result is a rewritten graph.
         targets: `MACs`, `Params`, `Bytes`, and what is measured on real cuts: `Latency`, `PeakMemory`; all are met.
         data: batches (a tensor, `(inputs, labels)`, or a dict of keyword inputs); something that can be read more than once.
-            At most 2,048 rows are used for the repair.
+            At most 2,048 rows are used for the repair, fewer where their activations would take more than about 4 GiB.
         score: "obs" (the reconstruction error that a unit's removal causes; the default with data), the name of a criterion
             (`score.CRITERIA`; without data "l2"), a function `(graph, model, seed)`, or {group: numbers}.
         allocation: "search" (the default with "obs": the budget is spent where error rises least, early errors weighed in two ways,

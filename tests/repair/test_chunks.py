@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from secateur.errors import DataError
-from secateur.repair.chunks import chunks
+from secateur.repair.chunks import SIZE, chunks, fitting
 from secateur.trace import trace
 from tests.repair.networks import Sequenced, linear
 
@@ -158,3 +158,12 @@ def test_other_groups_on_the_data_than_on_the_example():
     graph, again, _ = made(Branching(), torch.randn(2, 4))
     with pytest.raises(DataError, match="other groups on the data"):
         chunks([torch.randn(40, 4)], graph, again)
+
+
+def test_a_large_network_gets_fewer_rows():
+    """Of a value of 64 MiB a row six are held at once: 4 GiB hold ten rows, and a chunk is the least."""
+    wide = nn.Sequential(nn.Linear(4, 2**24, bias=False), nn.ReLU()).to("meta")
+    graph = trace(wide, (torch.randn(2, 4, device="meta"),))
+    assert fitting(graph) == SIZE
+    narrow = nn.Sequential(nn.Linear(4, 2**18, bias=False), nn.ReLU()).to("meta")  # 1 MiB a row
+    assert fitting(trace(narrow, (torch.randn(2, 4, device="meta"),))) == 4 * 2**30 // (6 * 2**20)

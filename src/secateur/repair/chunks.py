@@ -19,6 +19,8 @@ from secateur.measure.run import batch_of, shapes
 from secateur.trace import Graph
 
 ROWS = 2048  # of calibration at most
+MEMORY = 4 * 2**30  # bytes that the values held by a repair may take: fewer rows of a large network
+HELD = 6  # values as large as the largest that are held at once, in the dense and in the pruned flow
 SIZE = 64  # rows of a chunk
 FEWEST = 4  # chunks, where there are rows enough: some are for the fits, and the last one judges them
 
@@ -50,7 +52,7 @@ def chunks(
         DataError: no rows, a batch that the model cannot run, or the model has other groups on the data than on its example inputs.
     """
     args, kwargs = graph.program.example_inputs
-    found, left_out, spec = _rows(data, (args, kwargs), rows, model)
+    found, left_out, spec = _rows(data, (args, kwargs), min(rows, fitting(graph)), model)
     n = min(size, max(1, len(found[0]) // FEWEST)) if found and len(found[0]) else 0
     if not n:
         raise DataError("there is no row of calibration data.\n  Give at least one batch.")
@@ -66,6 +68,14 @@ def chunks(
             f"they differ in {odd[0]!r}.\n  Give example inputs of the shapes of the data, with two rows or more."
         )
     return Chunks(traced, feeds, count * n, left_out + len(found[0]) - count * n)
+
+
+def fitting(graph: Graph) -> int:
+    """Rows whose values fit into `MEMORY`; a chunk's worth at least."""
+    args, kwargs = graph.program.example_inputs
+    values = [n.meta.get("val") for n in graph.capture.graph.nodes if n.op == "call_function"]
+    largest = max((v.numel() * v.element_size() for v in values if isinstance(v, Tensor)), default=1)
+    return max(SIZE, MEMORY * max(1, batch_of(args, kwargs)) // (HELD * max(1, largest)))
 
 
 def _traced(again: Callable[[tuple, Mapping], Graph], feed: Call, example: str) -> Graph:
