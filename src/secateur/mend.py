@@ -105,14 +105,15 @@ def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
     state, rows = study.repaired(keep, how=repair)
     new = changed(dense, graph, state)
     before = {n: t.detach().clone() for n, t in state_of(result.model).items()}
-    put_into(result.model, graph, keep, new)
     say("prove the repair")
-    proof = proven(dense, graph, keep, result.model, new)
-    if not proof.passed:
+    try:
+        put_into(result.model, graph, keep, new)
+        require(proven(dense, graph, keep, result.model, new), f"{type(dense).__name__}, repaired")
+    except BaseException:  # an interrupt too leaves the model as it was cut
         with torch.no_grad():
             for name, tensor in state_of(result.model).items():
                 tensor.copy_(before[name])
-        require(proof, f"{type(dense).__name__}, repaired")
+        raise
     if (left := study.chunks.left_out) >= study.chunks.rows // len(study.chunks.feeds):  # more than what is over of whole chunks
         result.notes.append(f"{left} rows of data were left out of the repair: their shapes are not those of the first batch")
     result.repairs, result.study = rows, study

@@ -60,9 +60,9 @@ def prune(
             At most 2,048 rows are used for the repair, fewer where their activations would take more than about 4 GiB.
         score: "obs" (the reconstruction error that a unit's removal causes; the default with data), the name of a criterion
             (`score.CRITERIA`; without data "l2"), a function `(graph, model, seed)`, or {group: numbers}.
-        allocation: "search" (the default with "obs": the budget is spent where error rises least, early errors weighed in two ways,
-            the better by the output kept), "curves" (one way), "sensitivity" (weighed by the output group by group), "global"
-            or "uniform".
+        allocation: "search" (the default with "obs": the budget is spent where error rises least, early errors weighed in two ways and
+            residual streams free or whole, the best by the output kept), "curves" (one way), "sensitivity" (weighed by the
+            output group by group), "global" or "uniform".
         repair: "least_squares" (the default with data: every layer is fitted anew to the dense network, without labels or
             gradients), "bias" (biases only), "batch_norm" (statistics re-estimated) or "none".
         ignore: names or patterns of modules, parameters or groups that keep their shape.
@@ -255,6 +255,8 @@ class Work:
         scores = study.scores()
         if how.allocation in BY_CURVES:
             return _Planner(partial(study.plan, allocation=how.allocation, depth=how.depth), scores, study)
+        if how.depth:
+            scores = {**scores, **{name: curve.error[1:] for name, curve in study.blocks.items()}}
         return _Planner(partial(budget.plan, graph, scores, allocation=how.allocation), scores, study)
 
     @cached_property

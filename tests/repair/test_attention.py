@@ -10,7 +10,9 @@ from torch import nn
 import secateur as sc
 from secateur.repair.attention import ScoreMoments, ScoreProblem, find_attentions, kept_of
 from secateur.repair.layers import find_layers
+from secateur.repair.least_squares import Repair, Settings
 from secateur.repair.solve import eliminate
+from secateur.surgery.cut import state_of
 
 
 class Fused(nn.Module):
@@ -95,9 +97,6 @@ def test_scores_of_few_dimensions_survive_a_cut_of_the_others():
     data = [torch.randn(32, 9, 24) for _ in range(8)]
     graph = sc.trace(model, (data[0],))
     name = next(n for n, g in graph.groups.items() if g.size == 12 and "qkv" in n)
-    from secateur.repair.least_squares import Repair, Settings
-    from secateur.surgery.cut import state_of
-
     keep = {name: torch.arange(12) < 6}
     repair = Repair(graph, keep, state_of(model), [((x,), {}) for x in data], Settings())
     rows = {row.layer: row for row in repair.run()}
@@ -132,3 +131,14 @@ def test_dimensions_that_carry_no_score_go_first():
     order, error = eliminate([], others=[ScoreProblem(*moments, torch.ones(2).double(), torch.arange(6)[:, None])], ridge=1e-9)
     assert set(order[:2].tolist()) == {2, 4}
     assert error[1] < 1e-3 * error[-1]
+
+
+def test_queries_that_something_else_reads_are_not_rewritten():
+    class Read(Apart):
+        def forward(self, x):
+            b, t, _ = x.shape
+            q, k, v = (layer(x).view(b, t, 2, 8).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, 16), q.mean(2)
+
+    graph = sc.trace(Read().eval(), (torch.randn(2, 5, 16),))
+    assert find_attentions(graph, find_layers(graph)) == []

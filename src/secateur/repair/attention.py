@@ -28,6 +28,7 @@ _MOVES = frozenset(
     "view reshape _unsafe_view permute transpose select slice unbind chunk split split_with_sizes getitem unsqueeze squeeze flatten unflatten "
     "contiguous clone alias detach dropout".split()
 )
+_PARTS = frozenset("select slice unbind chunk split split_with_sizes getitem".split())
 SDPA = "scaled_dot_product_attention"
 
 
@@ -64,9 +65,20 @@ def find_attentions(graph: Graph, layers: list[Layer]) -> list[Attention]:
             continue
         args = bind(node)
         q, k = (_origin(args[name], by_end) for name in ("query", "key"))
-        if q and k and q[1].shape == k[1].shape:
+        if q and k and q[1].shape == k[1].shape and _read_by_this_alone(args["query"], node, by_end):
             found.append(Attention(node, q[0], k[0], q[1], k[1], args["scale"]))
     return found
+
+
+def _read_by_this_alone(query: fx.Node, reader: fx.Node, by_end: Mapping[fx.Node, Layer]) -> bool:
+    """Whether nothing else sees the queries, whose weights a repair changes; parts that are split off beside them may be read."""
+    while True:
+        others = [u for u in query.users if u is not reader]
+        if any(op_name(u) not in _PARTS for u in others) or (others and op_name(reader) not in _PARTS):
+            return False
+        if query in by_end:
+            return True
+        reader, (query,) = query, query.all_input_nodes
 
 
 def _origin(node: fx.Node, by_end: Mapping[fx.Node, Layer]) -> tuple[Layer, Tensor] | None:

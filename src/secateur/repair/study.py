@@ -141,6 +141,7 @@ class Study:
                 continue
             state, _ = self.repaired(keep, few=True)
             apart = self.output.divergence(keep, state)
+            apart = math.inf if math.isnan(apart) else apart  # NaN is no smaller than anything, and would win by coming first
             if best is None or apart < best[0]:
                 best = (apart, keep)
         assert best is not None
