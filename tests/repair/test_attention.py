@@ -102,6 +102,12 @@ def test_scores_of_few_dimensions_survive_a_cut_of_the_others():
     rows = {row.layer: row for row in repair.run()}
     scores = rows["qkv (attention scores)"]
     assert scores.plain > 0.2 and scores.repaired < 0.01
+    seen = []
+    for state, dims, root in ((state_of(model), 12, 12**0.5), (repair.state, 6, 6**0.5)):  # what the written weights really give
+        y = F.linear(torch.cat(data), state["qkv.weight"], state["qkv.bias"]).detach().view(-1, 9, 3, 2, 12)[..., :dims]
+        q, k, _ = y.permute(2, 0, 3, 1, 4)
+        seen.append(q @ (k - k.mean((0, 2), keepdim=True)).mT / root)
+    assert ((seen[1] - seen[0]) ** 2).mean() < 0.02 * (seen[0] ** 2).mean()
     heads, kept = kept_of(graph, find_attentions(graph, find_layers(graph))[0], graph.keep_axes(keep))
     assert heads.all() and kept.tolist() == [True] * 6 + [False] * 6
 
