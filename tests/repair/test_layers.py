@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from secateur.budget import MACs
 from secateur.plan import Plan
@@ -12,6 +11,18 @@ from secateur.repair.layers import features_of, find_layers, norm_names
 from secateur.surgery import cut
 from secateur.trace import analyse, trace
 from tests.repair.networks import Sequenced, linear, lively, seen
+
+
+class Conv1D(nn.Module):
+    """A linear layer stored inputs first, as GPT-2's: `addmm` on tokens in one row."""
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (6,)),
