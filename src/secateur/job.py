@@ -144,7 +144,7 @@ def repaired(result: Result, data: Data, repair: str, say: Progress) -> dict[str
     if data.labelled:
         say("accuracy as cut")
         measured["cut"] = accuracy(model, Cast(model, data.test))
-        if repair in ("least_squares", "bias"):
+        if repair in FITTED:
             measured |= _with_statistics(result, data, say)
     mend(result, train, repair, say)
     if data.labelled and result.plan.why["repair"] != "none":

@@ -13,7 +13,7 @@ from secateur.calibrate import batches
 from secateur.errors import DataError, InputError
 from secateur.measure.proof import Proof, require
 from secateur.plan import Cost, Plan
-from secateur.repair import HOW, LayerRepair, Study, batch_norm_statistics, changed, proven, put_into
+from secateur.repair import FITTED, HOW, LayerRepair, Study, batch_norm_statistics, changed, proven, put_into
 from secateur.surgery import Cut
 from secateur.surgery.cut import state_of
 from secateur.surgery.optimizer import migrate
@@ -58,13 +58,13 @@ class Result:
         return migrate(optimizer, self.dense, self.model, self.cut)
 
 
-def mend(result: Result, data: Iterable[Any], repair: str = "least_squares", say: Progress | None = None) -> Result:
+def mend(result: Result, data: Iterable[Any], repair: str = "gauss_newton", say: Progress | None = None) -> Result:
     """Repair a cut model in place, and prove it again.
 
     Args:
         result: what `prune(..., repair="none")` gave, in this process.
         data: calibration batches; not read again where the result already holds a study of this very object.
-        repair: "least_squares", "bias", "batch_norm" or "none".
+        repair: "gauss_newton", "least_squares", "bias", "batch_norm" or "none".
 
     Returns the same result; `repairs` and `plan.why["repair"]` say what was done. Where least squares cannot be had, the
     BatchNorm statistics are re-estimated, and a note says so.
@@ -79,7 +79,7 @@ def mend(result: Result, data: Iterable[Any], repair: str = "least_squares", say
         raise InputError(f"unknown repair {repair!r}.\n  There are: {', '.join(HOW)}.")
     args, _ = result.graph.program.example_inputs
     refused = ""
-    if repair in ("least_squares", "bias"):
+    if repair in FITTED:
         try:
             return _fitted(result, data, repair, say)
         except (DataError, InputError) as error:

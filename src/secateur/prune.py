@@ -63,8 +63,8 @@ def prune(
         allocation: "search" (the default with "obs": the budget is spent where error rises least, early errors weighed in two ways and
             residual streams free or whole, the best by the output kept), "curves" (one way), "sensitivity" (weighed by the
             output group by group), "global" or "uniform".
-        repair: "least_squares" (the default with data: every layer is fitted anew to the dense network, without labels or
-            gradients), "bias" (biases only), "batch_norm" (statistics re-estimated) or "none".
+        repair: "gauss_newton" (the default with data: every layer is fitted anew to the dense network, then every residual branch
+            as a whole, all by least squares without labels), "least_squares" (layers alone: no derivatives, quicker), "bias" (biases only), "batch_norm" (statistics re-estimated) or "none".
         ignore: names or patterns of modules, parameters or groups that keep their shape.
         depth: whole residual blocks may go too, in the same ranking. The result is then a rewritten graph.
         loss: `loss(outputs, batch)` -> scalar tensor, for criteria that need gradients; by default what the model returns as
@@ -125,7 +125,7 @@ def chosen(score: Any, allocation: str, repair: str, has_data: bool) -> tuple[An
     score = ("obs" if has_data else "l2") if known else score
     by_curves = isinstance(score, str) and score == "obs"
     allocation = ("search" if by_curves else "global") if allocation == "auto" else allocation
-    repair = ("least_squares" if has_data else "none") if repair == "auto" else repair
+    repair = ("gauss_newton" if has_data else "none") if repair == "auto" else repair
     if repair not in HOW:
         raise InputError(f"unknown repair {repair!r}.\n  There are: auto, {', '.join(HOW)}.")
     if not has_data and (by_curves or repair != "none"):

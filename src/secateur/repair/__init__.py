@@ -5,6 +5,7 @@ from secateur.repair.batch_norm import batch_norm_statistics
 from secateur.repair.fit import LayerRepair
 from secateur.repair.study import Study
 
-HOW = ("none", "batch_norm", "bias", "least_squares")
+FITTED = ("bias", "least_squares", "gauss_newton")
+HOW = ("none", "batch_norm", *FITTED)
 
-__all__ = ["HOW", "LayerRepair", "Study", "batch_norm_statistics", "changed", "proven", "put_into"]
+__all__ = ["FITTED", "HOW", "LayerRepair", "Study", "batch_norm_statistics", "changed", "proven", "put_into"]

@@ -76,20 +76,23 @@ class Flow:
         self.reads = reads
         self.values: list[dict[fx.Node, Any]] = []
         self.left: list[dict[fx.Node, int]] = []
+        self.ran: list[set[fx.Node]] = []
         self.needed = _needed(runner, reads)
+        self.readers: dict[fx.Node, list[fx.Node]] = {}
         uses: dict[fx.Node, int] = {}
         for node in self.needed:
-            for real in self._inputs(node).values():
+            for real in self.inputs(node).values():
                 uses[real] = uses.get(real, 0) + 1
-        self.uses = uses
+                self.readers.setdefault(real, []).append(node)
         for args, kwargs in feeds:
             flat, _ = tree_flatten((tuple(args), dict(kwargs)))
             feed = dict(zip((n for n in runner.traced.capture.graph.nodes if n.op == "placeholder"), runner.inputs(flat), strict=True))
             tensors = runner.traced.capture.tensors
             self.values.append({n: v for n, v in feed.items() if n.name not in tensors})
             self.left.append(dict(uses))
+            self.ran.append(set())
 
-    def _inputs(self, node: fx.Node) -> dict[fx.Node, fx.Node]:
+    def inputs(self, node: fx.Node) -> dict[fx.Node, fx.Node]:
         if node in self.runner.bypass:
             stream = self.runner.bypass[node]
             return {stream: self.reads[node].get(stream, stream)}
@@ -107,8 +110,8 @@ class Flow:
 
     def once(self, chunk: int, node: fx.Node) -> Any:
         """The value of a node as it would be now, without keeping it; its inputs are kept, so they must be held."""
-        for real in self._inputs(node).values():
-            if not self._constant(real):
+        for real in self.inputs(node).values():
+            if not self.constant(real):
                 self.value(chunk, real)
         return self._run(chunk, node)
 
@@ -124,39 +127,65 @@ class Flow:
         todo = [node]
         while todo:
             n = todo[-1]
-            if n in done or self._constant(n):
+            if n in done or self.constant(n):
                 todo.pop()
                 continue
-            waiting = [r for r in self._inputs(n).values() if r not in done and not self._constant(r)]
+            waiting = [r for r in self.inputs(n).values() if r not in done and not self.constant(r)]
             if waiting:
                 todo += waiting
                 continue
             done[n] = self._run(chunk, n)
             todo.pop()
-            for real in self._inputs(n).values():
-                if not self._constant(real):
-                    self._used(chunk, real)
-        return self._constant_value(node) if self._constant(node) else done[node]
+            self._has_run(chunk, n)
+        return self._constant_value(node) if self.constant(node) else done[node]
 
-    def _constant(self, node: fx.Node) -> bool:
+    def constant(self, node: fx.Node) -> bool:
         return node.op == "placeholder" and node.name in self.runner.traced.capture.tensors
 
-    def _constant_value(self, node: fx.Node) -> Tensor:
+    def constant_name(self, node: fx.Node) -> str | None:
+        """The state name of a node that stands for a tensor of the network."""
         capture = self.runner.traced.capture
-        name = capture.tensors[node.name]
-        return self.runner.state[capture.aliases.get(name, name)]
+        name = capture.tensors[node.name] if self.constant(node) else None
+        return None if name is None else capture.aliases.get(name, name)
+
+    def _constant_value(self, node: fx.Node) -> Tensor:
+        return self.runner.state[str(self.constant_name(node))]
+
+    def _has_run(self, chunk: int, node: fx.Node) -> None:
+        """Its inputs have served it; a second run does not use them up again."""
+        if node not in self.ran[chunk]:
+            self.ran[chunk].add(node)
+            for real in self.inputs(node).values():
+                if not self.constant(real):
+                    self._used(chunk, real)
+
+    def run_again(self, chunk: int, nodes: Sequence[fx.Node], boundary: Sequence[fx.Node]) -> None:
+        """Values of a stretch of nodes, in running order, whose weights changed; those that nobody will ask for are dropped."""
+        values = {n: self.value(chunk, n) for n in boundary}
+        with torch.no_grad():
+            for node in nodes:
+                values[node] = self.step(node, values)
+        for node in nodes:
+            self._has_run(chunk, node)
+        for node in nodes:
+            self.values[chunk].pop(node, None)
+            if self.left[chunk].get(node, 0) > 0:
+                self.values[chunk][node] = values[node]
 
     def _run(self, chunk: int, node: fx.Node) -> Any:
-        done = self.values[chunk]
-        env = {a: self._constant_value(r) if self._constant(r) else done[r] for a, r in self._inputs(node).items()}
+        with torch.no_grad():
+            return self.step(node, self.values[chunk])
+
+    def step(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        """The value of one node from those of its inputs."""
+        env = {a: self._constant_value(r) if self.constant(r) else values[r] for a, r in self.inputs(node).items()}
         schema = getattr(node.target, "_schema", None)
         if schema is not None and node not in self.runner.bypass:
             for spec, value in zip(schema.arguments, node.args, strict=False):
                 if spec.alias_info is not None and spec.alias_info.is_write and isinstance(value, fx.Node):
                     env[value] = env[value].clone()  # other readers of the old value may still come
         self.runner.env = env
-        with torch.no_grad():
-            return self.runner.run_node(node)
+        return self.runner.run_node(node)
 
 
 def _needed(runner: Runner, reads: dict[fx.Node, dict[fx.Node, fx.Node]]) -> list[fx.Node]:

@@ -24,6 +24,7 @@ from secateur.repair.fit import Affine, LayerRepair, bias_only, folded, least_sq
 from secateur.repair.flow import Flow, Runner, sources
 from secateur.repair.layers import Layer, find_layers, norm_names
 from secateur.repair.norms import Channels, Norm, find_norms, write_norm
+from secateur.repair.refit import branches, refit
 from secateur.repair.rectified import BYTES, Rows, rectified, rectified_error
 from secateur.repair.solve import RIDGE
 from secateur.repair.target import Target, find_target
@@ -44,6 +45,7 @@ class Settings:
         everywhere: also layers none of whose inputs went, to correct what went wrong upstream.
         sampled: bytes of rows that a fit through a ReLU may keep.
         only_bias: correct biases only (and the means of batch norms).
+        branches: fit whole branches as well, after their layers.
     """
 
     ridge: float = RIDGE
@@ -52,6 +54,7 @@ class Settings:
     held_out: int = 8
     everywhere: bool = True
     only_bias: bool = False
+    branches: bool = False
     sampled: int = BYTES
     seed: int = 0
 
@@ -93,6 +96,7 @@ class Repair:
         self.targets = {x.node: find_target(x) for x in self.layers if not x.why_not}
         self.affected = _affected(graph, reads, self.keep)
         self.attentions = find_attentions(graph, self.layers)
+        self.branches = branches(self) if self.settings.branches else []
         self.done: set[fx.Node] = set()
         self.busy: set[fx.Node] = set()
         self.rows: list[LayerRepair] = []
@@ -106,6 +110,9 @@ class Repair:
                 flow.hold(node)
         for attention in self.attentions:
             for flow, node in self._asked_for_scores(attention):
+                flow.hold(node)
+        for waiting in self.branches:
+            for flow, node in waiting.asked(self):
                 flow.hold(node)
         place = {n: i for i, n in enumerate(self.graph.capture.graph.nodes)}
         for item in sorted(self.by_node.values(), key=lambda x: place[x.node]):
@@ -146,6 +153,11 @@ class Repair:
             flow.release(node)
         self.busy.discard(layer.node)
         self.done.add(layer.node)
+        for w in [w for w in self.branches if self.done.issuperset(x.node for x in w.branch.layers)]:
+            self.branches.remove(w)
+            refit(self, w, _rectified(w.branch.end))
+            for flow, node in w.asked(self):
+                flow.release(node)
         for a in self.attentions:
             if layer.node in (a.query.node, a.key.node) and {a.query.node, a.key.node} <= self.done:
                 self._fit_scores(a)
@@ -191,23 +203,26 @@ class Repair:
         for flow, node in self._asked_for_scores(a):
             flow.release(node)
 
+    def is_held_out(self, chunk: int) -> bool:
+        return chunk % self.settings.held_out == self.settings.held_out - 1 or chunk == self.chunks - 1 > 0
+
     def _wanted(self, layer: Layer) -> bool:
-        return not bool(self._inputs(layer).all()) or (self.settings.everywhere and layer.source in self.affected)
+        return not bool(self.kept_inputs(layer).all()) or (self.settings.everywhere and layer.source in self.affected)
 
     # ------------------------------------------------------------ masks
-    def _masks(self, layer: Layer) -> tuple[Tensor, Tensor]:
+    def masks(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Which stored inputs and outputs stay: (inputs of the weight,), (groups, outputs)."""
         dims, by_axis = self.graph.tensors[layer.weight], self.graph.keep_axes(self.keep)
         i, o = (0, 1) if layer.transposed else (1, 0)
         inputs, outputs = (torch.from_numpy(mask(dims[d], by_axis).copy()) for d in (i, o))
         return inputs, outputs.reshape(layer.groups, -1)
 
-    def _inputs(self, layer: Layer) -> Tensor:
-        inputs, _ = self._masks(layer)
+    def kept_inputs(self, layer: Layer) -> Tensor:
+        inputs, _ = self.masks(layer)
         return inputs.repeat_interleave(layer.kernel) if layer.window else inputs
 
     def _zero_columns(self, layer: Layer) -> None:
-        inputs, _ = self._masks(layer)
+        inputs, _ = self.masks(layer)
         if not bool(inputs.all()):
             w = self.state[layer.weight].detach()
             shape = [1] * w.dim()
@@ -230,7 +245,7 @@ class Repair:
             at = None if take == places else torch.randperm(places, generator=random)[:take].sort()[0]
             rows, (whole, other) = layer.rows(x, at), self._target(chunk, layer, target)
             t = layer.outputs(whole, at)
-            out = chunk % s.held_out == s.held_out - 1 or chunk == self.chunks - 1 > 0
+            out = self.is_held_out(chunk)
             (held if out else fit).add(rows, t)
             if chunk == 0:
                 held.shifted_like(fit)
@@ -254,7 +269,7 @@ class Repair:
         eps = float(bind(layer.norm)["eps"]) if layer.norm else 0.0
         before = folded(layer, self.state, names, eps)
         with_bias = bool(names or layer.bias)
-        inputs, (_, outputs) = self._inputs(layer), self._masks(layer)
+        inputs, (_, outputs) = self.kept_inputs(layer), self.masks(layer)
         if not bool(inputs.all()):
             before = Affine(torch.where(inputs, before.w, torch.zeros((), dtype=torch.float64)), before.b)
 

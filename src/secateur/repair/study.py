@@ -147,12 +147,12 @@ class Study:
         assert best is not None
         return best[1]
 
-    def repaired(self, keep: Mapping[str, Tensor], few: bool = False, how: str = "least_squares") -> tuple[dict[str, Tensor], list[LayerRepair]]:
+    def repaired(self, keep: Mapping[str, Tensor], few: bool = False, how: str = "gauss_newton") -> tuple[dict[str, Tensor], list[LayerRepair]]:
         """The tensors of the model, of the dense shapes, fitted for `keep`, and what became of every layer."""
         feeds = self.chunks.feeds[:FEW] if few else self.chunks.feeds
-        settings = Settings(seed=self.seed, only_bias=how == "bias")
+        settings = Settings(seed=self.seed, only_bias=how == "bias", branches=how == "gauss_newton")
         if few:
-            settings = replace(settings, rows=QUICK_ROWS, least=QUICK_ROWS * 200, sampled=2**24)
+            settings = replace(settings, rows=QUICK_ROWS, least=QUICK_ROWS * 200, sampled=2**24, branches=False)
         with at_rest(self.model):
             repair = Repair(self.chunks.graph, keep, self.state, feeds, settings)
             rows = repair.run(lambda layer: self.say(f"repair {layer}"))

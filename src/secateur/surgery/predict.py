@@ -42,6 +42,7 @@ class Prediction:
     module: fx.GraphModule
     changed: list[Change] = field(default_factory=list)
     indices: dict[str, torch.Tensor] = field(default_factory=dict)  # state name of an index buffer -> new value
+    nodes: dict[fx.Node, fx.Node] = field(default_factory=dict)  # of the captured graph -> of the cut one
 
 
 def cut_tensor(tensor: torch.Tensor, dims, keep: Keep) -> torch.Tensor:
@@ -66,7 +67,7 @@ def predict(
     result = Prediction(fx.GraphModule({}, fx.Graph()))
     root = nn.Module()
     new = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
+    env = result.nodes
     for node in capture.graph.nodes:
         if node.op == "placeholder" and node.name in capture.tensors:
             name = capture.tensors[node.name]

@@ -1,0 +1,74 @@
+"""Whole branches fitted again after their layers were fitted one by one: from a `Repair` to `gauss_newton` and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from secateur.repair.branch import Branch, Narrow, find_branch
+from secateur.repair.fit import LayerRepair
+from secateur.repair.gauss_newton import BranchFit, Member, gauss_newton
+from secateur.repair.layers import Layer, norm_names
+
+if TYPE_CHECKING:
+    from secateur.repair.flow import Flow
+    from secateur.repair.least_squares import Repair
+
+USED = "gauss-newton"
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A branch whose layers are not all fitted yet; `last` names it."""
+
+    branch: Branch
+    last: Layer
+
+    def asked(self, repair: Repair) -> list[tuple[Flow, fx.Node]]:
+        return [(repair.dense, self.branch.end), *((repair.pruned, n) for n in self.branch.boundary)]
+
+
+def branches(repair: Repair) -> list[Waiting]:
+    """The branches worth fitting: those inside of which units went, one for each end."""
+    by_node = {x.node: x for x in repair.layers}
+    found: dict[fx.Node, Waiting] = {}
+    for layer in repair.layers:
+        if layer.why_not:
+            continue
+        end = repair.targets[layer.node].join or layer.end
+        branch = find_branch(repair.pruned, end, by_node)
+        if branch is None or not all(repair.state[x.weight].dtype in (torch.float32, torch.float64) for x in branch.layers):
+            continue
+        if any(not bool(repair.masks(x)[1].all()) for x in branch.layers if x is not layer):
+            found[end] = Waiting(branch, layer)
+    return list(found.values())
+
+
+def refit(repair: Repair, waiting: Waiting, rectified: bool) -> None:
+    """Fit a branch as one, where that helps on held-out chunks; writes the weights and the values."""
+    branch = waiting.branch
+    narrow = Narrow(repair.pruned, branch, repair.keep)
+    members = [_member(repair, narrow, x) for x in branch.layers]
+    dims = repair.graph.env[branch.end]
+    fit = BranchFit(narrow, members, lambda c: narrow.cut(repair.dense.value(c, branch.end), dims), rectified, repair.settings.ridge)
+    held = [c for c in range(repair.chunks) if repair.is_held_out(c)] or [repair.chunks - 1]
+    fitting = [c for c in range(repair.chunks) if c not in held] or held
+    weights, before, after = gauss_newton(fit, fitting, held, torch.Generator().manual_seed(repair.settings.seed))
+    variance = sum(float((w - w.mean(0, keepdim=True)).square().sum()) for w in map(fit.wanted, held)) or 1.0
+    better = after < before
+    if better:
+        repair.state.update({n: narrow.spread(n, w) for n, w in weights.items()})
+        for chunk in range(repair.chunks):
+            repair.pruned.run_again(chunk, branch.nodes, branch.boundary)
+    used, why = (USED, "") if better else ("plain", "on held-out rows the branch as a whole is fitted no better")
+    name = f"{waiting.last.name} (branch of {len(members)} layers)"
+    rows = repair.samples * waiting.last.places
+    repair.rows.append(LayerRepair(name, rows, before / variance, before / variance, after / variance, used, why))
+
+
+def _member(repair: Repair, narrow: Narrow, layer: Layer) -> Member:
+    bias = norm_names(repair.graph, layer.norm)["bias"] if layer.norm else layer.bias
+    return Member(replace(layer, groups=narrow.layer_groups(layer)), bias)
