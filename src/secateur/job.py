@@ -19,7 +19,7 @@ from secateur.mend import mend
 from secateur.models import Data, LoadedModel, save
 from secateur.models.quality import accuracy
 from secateur.prune import Result, batches, check, chosen, prune
-from secateur.repair import batch_norm_statistics
+from secateur.repair import FITTED, batch_norm_statistics
 from secateur.repair.chunks import ROWS
 from secateur.retrace import with_inputs
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from secateur.trace import Graph
 
 REPAIRED = {
-    "gauss_newton": "repaired by least squares, branches as a whole", "least_squares": "repaired by least squares", "bias": "biases corrected", "batch_norm": "BatchNorm re-estimated",
+    "gauss_newton": "repaired by least squares, branches as a whole", "least_squares": "repaired by least squares",
+    "bias": "biases corrected", "batch_norm": "BatchNorm re-estimated",
 }  # fmt: skip
 NOT_FITTED = ("plain", "bias")
 WORST = 8  # layers of a repair that are listed; all are in --json and in the report

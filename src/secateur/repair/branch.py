@@ -2,7 +2,7 @@
 
 Going up from its end, a node belongs to a branch where everything that reads it does, and where at most `LAYERS` layers that
 are not grouped lie on any way down. The end is the addition that a layer's output goes into, or the layer's own output where
-none follows: two residual blocks in a row, a transformer block, four layers of a chain.
+none follows: three residual blocks in a row, one and a half transformer blocks, six layers of a chain.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from secateur.repair.layers import Layer
 from secateur.surgery.predict import predict
 from secateur.trace.call import bind
 
-LAYERS = 4
+LAYERS = 6
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Narrow:
             else:
                 real = reads.get(old, old)
                 name = self.flow.constant_name(real)
-                env[a] = values[real] if name is None else weights.get(name, None) if name in weights else self.tensor(name)
+                env[a] = values[real] if name is None else weights[name] if name in weights else self.tensor(name)
         for spec, value in zip(getattr(getattr(new.target, "_schema", None), "arguments", ()), new.args, strict=False):
             if spec.alias_info is not None and spec.alias_info.is_write and isinstance(value, fx.Node):
                 env[value] = env[value].clone()

@@ -131,8 +131,9 @@ class Curvature:
 
 def curvature(fit: BranchFit, chunks: list[int], weights: Weights, random: torch.Generator) -> list[Curvature]:
     """K by layer; E[(dy/dz)^T (dy/dz)] comes from one random probe per chunk (Hutchinson's estimate of a diagonal)."""
-    n = len(fit.members)
-    grams, outs, seen, rows = [0.0] * n, [0.0] * n, [0] * n, 0
+    nothing = torch.zeros((), dtype=torch.float64)
+    grams, outs, seen = [nothing for _ in fit.members], [nothing for _ in fit.members], [0 for _ in fit.members]
+    rows = 0
     for chunk in chunks:
         with torch.no_grad():
             values = fit.branch.run(chunk, weights)
@@ -159,11 +160,11 @@ def _rows(y: Tensor) -> int:
     return y.shape[0]
 
 
-def _curvature(fit: BranchFit, m: Member, gram: Tensor, out: Tensor | float, weights: Weights) -> Curvature:
+def _curvature(fit: BranchFit, m: Member, gram: Tensor, out: Tensor, weights: Weights) -> Curvature:
     dtype = weights[m.layer.weight].dtype
     ridge = fit.ridge * (float(gram.diagonal(dim1=-2, dim2=-1).mean()) or 1.0)
     inverse = torch.linalg.inv(gram + ridge * torch.eye(gram.shape[-1], dtype=torch.float64))
-    each = out if isinstance(out, Tensor) else torch.ones(m.layer.matrix(weights[m.layer.weight]).shape[:2], dtype=torch.float64)
+    each = out.expand(m.layer.matrix(weights[m.layer.weight]).shape[:2])
     return Curvature(m, inverse.to(dtype), ridge, each.clamp_min(max(1e-3 * float(each.mean()), 1e-12)).to(dtype))
 
 

@@ -24,8 +24,8 @@ from secateur.repair.fit import Affine, LayerRepair, bias_only, folded, least_sq
 from secateur.repair.flow import Flow, Runner, sources
 from secateur.repair.layers import Layer, find_layers, norm_names
 from secateur.repair.norms import Channels, Norm, find_norms, write_norm
-from secateur.repair.refit import branches, refit
 from secateur.repair.rectified import BYTES, Rows, rectified, rectified_error
+from secateur.repair.refit import branches, refit
 from secateur.repair.solve import RIDGE
 from secateur.repair.target import Target, find_target
 from secateur.trace import Graph

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from secateur.repair.branch import Branch, Narrow, find_branch
+from secateur.repair.branch import LAYERS, Branch, Narrow, find_branch
 from secateur.repair.fit import LayerRepair
 from secateur.repair.gauss_newton import BranchFit, Member, gauss_newton
 from secateur.repair.layers import Layer, norm_names
@@ -44,7 +44,18 @@ def branches(repair: Repair) -> list[Waiting]:
             continue
         if any(not bool(repair.masks(x)[1].all()) for x in branch.layers if x is not layer):
             found[end] = Waiting(branch, layer)
-    return list(found.values())
+    return _spread(list(found.values()))
+
+
+def _spread(found: list[Waiting]) -> list[Waiting]:
+    """Of branches that overlap those that bring half of `LAYERS` with them, and the last: a layer is fitted once or twice."""
+    chosen: list[Waiting] = []
+    for w in found:
+        before = {x.node for c in chosen for x in c.branch.layers}
+        new = [x for x in w.branch.layers if x.node not in before]
+        if 2 * len(new) >= LAYERS or w is found[-1]:
+            chosen.append(w)
+    return chosen
 
 
 def refit(repair: Repair, waiting: Waiting, rectified: bool) -> None:

@@ -35,8 +35,8 @@ from secateur.trace import Graph
 ROWS_FOR_CURVES = 50_000
 FEW = 4  # chunks that curves and sensitivities are taken from
 QUICK_ROWS = 100  # per feature, where a repair only decides between two plans
-TILT = 1.5
-TRIED = ((1.5, False), (0.0, False), (0.0, True))  # by "search": tilt; whether residual streams may be cut
+TILT = 2.5
+TRIED = ((TILT, False), (0.0, False), (0.0, True))  # by "search": tilt; whether residual streams may be cut
 
 BY_CURVES = ("curves", "sensitivity", "search")
 
