@@ -77,7 +77,7 @@ def test_json_says_the_same_in_numbers(run, trained, tmp_path):
     assert facts["after"]["params"] <= 0.95 * facts["before"]["params"]
     assert set(facts["accuracy"]) == {"dense", "cut", "batch_norm", "repaired"}
     assert facts["accuracy"]["dense"] > 0.4 > facts["accuracy"]["cut"] and facts["accuracy"]["repaired"] > facts["accuracy"]["dense"] - 0.1
-    assert [facts["why"][name] for name in ("score", "allocation", "repair")] == ["obs", "search", "least_squares"]
+    assert [facts["why"][name] for name in ("score", "allocation", "repair")] == ["obs", "search", "gauss_newton"]
     assert facts["repairs"] and all({"layer", "plain", "repaired", "used"} <= set(row) for row in facts["repairs"])
     assert facts["proof"]["passed"] and facts["proof"]["max_error"] < 1e-9
     assert all(row["units_after"] < row["units_before"] for row in facts["groups"])
@@ -89,16 +89,16 @@ def test_what_may_be_chosen_is_chosen(run, trained):
     arguments = ("prune", NET, "--at-most", "macs=60%", "--data", "digits", "--weights", trained, "--json")
     for chosen, became in (
         (("--score", "taylor", "--repair", "batch_norm"), ("taylor", "global", "batch_norm")),
-        (("--score", "l2", "--allocation", "uniform"), ("l2", "uniform", "least_squares")),
+        (("--score", "l2", "--allocation", "uniform"), ("l2", "uniform", "gauss_newton")),
         (("--allocation", "sensitivity", "--repair", "bias"), ("obs", "sensitivity", "bias")),
-        (("--allocation", "curves"), ("obs", "curves", "least_squares")),
+        (("--allocation", "curves"), ("obs", "curves", "gauss_newton")),
         (("--repair", "none"), ("obs", "search", "none")),
     ):
         facts = json.loads(run(*arguments, *chosen))
         assert tuple(facts["why"][name] for name in ("score", "allocation", "repair")) == became
-        assert bool(facts["repairs"]) == (became[2] in ("least_squares", "bias"))
+        assert bool(facts["repairs"]) == (became[2] in ("gauss_newton", "least_squares", "bias"))
         assert ("repaired" in facts["accuracy"]) == (became[2] != "none")
-        assert ("batch_norm" in facts["accuracy"]) == (became[2] in ("least_squares", "bias"))
+        assert ("batch_norm" in facts["accuracy"]) == (became[2] in ("gauss_newton", "least_squares", "bias"))
 
 
 def test_what_batch_norm_alone_would_give_leaves_no_trace(run, trained):
@@ -148,7 +148,7 @@ def test_a_rewritten_graph_takes_any_batch(run, tmp_path):
                            "-o", tmp_path / "out", "--json"))  # fmt: skip
     assert facts["how"] == "graph" and facts["notes"]
     assert set(facts["accuracy"]) == {"dense", "cut", "repaired"}, "there is no BatchNorm to re-estimate"
-    assert facts["batch"] == 2 and facts["why"]["repair"] == "least_squares" and facts["repairs"]
+    assert facts["batch"] == 2 and facts["why"]["repair"] == "gauss_newton" and facts["repairs"]
     assert facts["why"]["achieved"][0]["achieved"] == facts["after"]["macs"], "both are of the batch of two"
     assert sc.load(tmp_path / "out")(torch.randn(7, 6)).shape == (7, 3)
 

@@ -90,10 +90,10 @@ def test_batch_norm_statistics_come_from_the_data(net):
 def test_what_auto_becomes(net):
     blind, seeing = prune(net, (X,), half), prune(net, (X,), half, data=DATA)
     assert blind.plan.why["score"] == "l2" and "repair" not in blind.plan.why and blind.study is None
-    assert [seeing.plan.why[k] for k in ("score", "allocation", "repair")] == ["obs", "search", "least_squares"]
+    assert [seeing.plan.why[k] for k in ("score", "allocation", "repair")] == ["obs", "search", "gauss_newton"]
     assert seeing.plan.why["calibration_rows"] == 32 and seeing.repairs
     by_score = prune(net, (X,), half, data=DATA, score="l2")
-    assert by_score.plan.why["allocation"] == "global" and by_score.plan.why["repair"] == "least_squares"
+    assert by_score.plan.why["allocation"] == "global" and by_score.plan.why["repair"] == "gauss_newton"
     card = prune(net, (X,), half, data=DATA, score=CRITERIA["obs"], repair="none")
     assert all(torch.equal(card.plan.keep[n], mask) for n, mask in seeing.plan.keep.items())
 

@@ -175,7 +175,7 @@ def order(out, *more, levels=LEVELS):
 def test_a_sweep_saves_every_point_and_draws_the_front(run, tmp_path):
     out = tmp_path / "out"
     text = run(*order(out, "--latency"))
-    for word in (*LEVELS, "dense", "as cut", "divergence", "time", "score obs, allocation search, repair least_squares", str(out)):
+    for word in (*LEVELS, "dense", "as cut", "divergence", "time", "score obs, allocation search, repair gauss_newton", str(out)):
         assert word in text
     sheet = json.loads((out / "report.json").read_text())
     assert [row["label"] for row in sheet["pareto"]] == ["dense", *LEVELS]

@@ -48,7 +48,7 @@ Score = Annotated[str, typer.Option(help="A criterion; `secateur explain` lists 
 Allocation = Annotated[str, typer.Option(help=(
     "search, curves or sensitivity (with the score obs), global or uniform. auto: search with obs, else global."
 ))]  # fmt: skip
-Repair = Annotated[str, typer.Option(help="least_squares, bias, batch_norm or none. auto: least_squares with DATA, else none.")]
+Repair = Annotated[str, typer.Option(help="gauss_newton, least_squares, bias, batch_norm or none. auto: gauss_newton with DATA, else none.")]
 Depth = Annotated[bool, typer.Option("--depth", help="Whole residual blocks may go too.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -90,7 +90,7 @@ def mend(result: Result, data: Iterable[Any], repair: str = "gauss_newton", say:
         used = batch_norm_statistics(result.model, batches(data, args))
     if refused:
         instead = "BatchNorm re-estimated instead" if used else "and there is no BatchNorm to re-estimate"
-        result.notes.append(f"not repaired by {repair.replace('_', ' ')}, {instead}: {refused}")
+        result.notes.append(f"not repaired by {'biases' if repair == 'bias' else 'least squares'}, {instead}: {refused}")
     result.plan = replace(result.plan, why={**result.plan.why, "repair": "batch_norm" if used else "none"})
     return result
 

@@ -124,7 +124,7 @@ def test_what_became_of_every_layer_is_told(name):
     result = pruned(name)
     assert result.repairs
     for row in result.repairs:
-        assert row.used in ("plain", "bias", "least squares", "rectified")
+        assert row.used in ("plain", "bias", "least squares", "rectified", "gauss-newton")
         assert all(math.isfinite(v) and v >= 0 for v in (row.plain, row.bias, row.repaired))
         assert bool(row.why) == (row.used in ("plain", "bias"))
         if row.used not in ("plain", "bias"):
@@ -276,7 +276,7 @@ def test_batches_by_name():
     data = [{"values": b, "scale": torch.ones(len(b), 1), "labels": torch.zeros(len(b))} for b in rows_of((10,), 256, 1).split(64)]
     example = {k: v[:2] for k, v in data[0].items() if k != "labels"}
     result = sc.prune(model, (), sc.MACs(at_most="60%"), data=data, kwargs=example)
-    assert [r.layer for r in result.repairs] == ["b"] and result.repairs[0].used == "least squares"
+    assert [(r.layer, r.used) for r in result.repairs] == [("b", "least squares"), ("b (branch of 2 layers)", "gauss-newton")]
 
 
 def test_pictures_of_another_size_than_the_example():

@@ -17,12 +17,14 @@ from secateur.repair.solve import RIDGE, solve
 @dataclass(frozen=True)
 class LayerRepair:
     """What became of one layer. Errors are relative: E|t - y|^2 on held-out calibration rows / E|t - mean t|^2 on all of them.
-    Norms and attention scores, which have few free numbers, are judged on the rows of their fit.
+    Norms and attention scores, which have few free numbers, are judged on the rows of their fit. Of a whole branch `plain` is the error
+    with its layers fitted one by one, `repaired` that of the branch fitted as one, and "least squares" says that this was no better.
 
     Attributes:
         layer: the layer's name. rows: calibration rows that were used.
         plain: error with the plain cut. bias: with the bias corrected only. repaired: with the least-squares fit.
-        used: "plain", "bias", "least squares" or "rectified" (through the ReLU). why: why it is not the fit, '' where it is.
+        used: "plain", "bias", "least squares" or "rectified" (through the ReLU) or "gauss-newton" (the branch as a
+            whole). why: why it is not the fit, '' where it is.
     """
 
     layer: str

@@ -62,7 +62,7 @@ def refit(repair: Repair, waiting: Waiting, rectified: bool) -> None:
     """Fit a branch as one, where that helps on held-out chunks; writes the weights and the values."""
     branch = waiting.branch
     narrow = Narrow(repair.pruned, branch, repair.keep)
-    members = [_member(repair, narrow, x) for x in branch.layers]
+    members = [member(repair, narrow, x) for x in branch.layers]
     dims = repair.graph.env[branch.end]
     fit = BranchFit(narrow, members, lambda c: narrow.cut(repair.dense.value(c, branch.end), dims), rectified, repair.settings.ridge)
     held = [c for c in range(repair.chunks) if repair.is_held_out(c)] or [repair.chunks - 1]
@@ -74,12 +74,13 @@ def refit(repair: Repair, waiting: Waiting, rectified: bool) -> None:
         repair.state.update({n: narrow.spread(n, w) for n, w in weights.items()})
         for chunk in range(repair.chunks):
             repair.pruned.run_again(chunk, branch.nodes, branch.boundary)
-    used, why = (USED, "") if better else ("plain", "on held-out rows the branch as a whole is fitted no better")
     name = f"{waiting.last.name} (branch of {len(members)} layers)"
     rows = repair.samples * waiting.last.places
-    repair.rows.append(LayerRepair(name, rows, before / variance, before / variance, after / variance, used, why))
+    before, after = before / variance, after / variance
+    repair.rows.append(LayerRepair(name, rows, before, before, after, USED if better else "least squares"))
 
 
-def _member(repair: Repair, narrow: Narrow, layer: Layer) -> Member:
+def member(repair: Repair, narrow: Narrow, layer: Layer) -> Member:
+    """A layer of a branch with as many groups as stay; the bias of a batch norm behind it is its own."""
     bias = norm_names(repair.graph, layer.norm)["bias"] if layer.norm else layer.bias
     return Member(replace(layer, groups=narrow.layer_groups(layer)), bias)

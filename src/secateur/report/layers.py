@@ -87,7 +87,9 @@ def _repair(row: Mapping[str, Any], most: float) -> list[Any]:
     cut, repaired = row.get("error_cut"), row.get("error_repaired")
     scaled = [value / most if finite(value) else None for value in (cut, repaired)]
     words = f"{row.get('layer')}: error {error_text(cut)} plainly cut, {error_text(repaired)} repaired"
-    notes = [f"{row['used']} used"] if row.get("used") not in (None, "least squares") else []
+    branch = row.get("used") == "gauss-newton"
+    notes = [f"{row['used']} used"] if row.get("used") not in (None, "least squares") and not branch else []
+    notes += ["fitted as a whole; before that its layers one by one"] if branch else []
     notes += [str(row["kept_plain"])] if row.get("kept_plain") else []
     notes += ["on the rows it was fitted to"] if row.get("held_out") is False else []
     return [row.get("layer"), row.get("kind"), charts.dumbbell(scaled[0], scaled[1], words), error(cut), error(repaired), count(row.get("rows")),
