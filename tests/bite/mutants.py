@@ -31,6 +31,7 @@ FIT = "tests/repair/test_fit.py"
 TARGET = "tests/repair/test_target.py"
 FLOW = "tests/repair/test_flow.py"
 REPAIR = "tests/repair/test_repair.py"
+GAUSS_NEWTON = "tests/repair/test_gauss_newton.py"
 
 MUTANTS: list[Mutant] = [
     Mutant(
@@ -256,5 +257,40 @@ MUTANTS: list[Mutant] = [
         '"achieved": achieved(targets, before, after, plan)',
         '"achieved": plan.why["achieved"]',
         ("tests/test_cli.py::test_a_rewritten_graph_takes_any_batch",),
+    ),
+    Mutant(
+        "a branch is fitted away from what is missing",
+        "secateur/repair/gauss_newton.py",
+        "self.wanted(chunk) - y.detach()",
+        "y.detach() - self.wanted(chunk)",
+        (f"{GAUSS_NEWTON}::test_products_are_those_of_the_whole_jacobian",),
+    ),
+    Mutant(
+        "a step on a branch is taken whatever the held-out chunks say",
+        "secateur/repair/gauss_newton.py",
+        "        if not smallest < best:\n            break\n",
+        "",
+        (f"{GAUSS_NEWTON}::test_a_step_that_is_worse_on_held_out_chunks_is_not_taken",),
+    ),
+    Mutant(
+        "a fitted branch is written back one position off",
+        "secateur/repair/branch.py",
+        '        new[torch.meshgrid(*where, indexing="ij")] = value.to(new.dtype)\n',
+        '        new[torch.meshgrid(*where, indexing="ij")] = value.roll(1, 0).to(new.dtype)\n',
+        (f"{GAUSS_NEWTON}::test_spread_puts_a_cut_tensor_back_where_it_came_from",),
+    ),
+    Mutant(
+        "a branch reaches past values that others read",
+        "secateur/repair/branch.py",
+        "or any(r not in below for r in readers)",
+        "or all(r not in below for r in readers)",
+        (f"{GAUSS_NEWTON}::test_nothing_outside_looks_into_a_branch",),
+    ),
+    Mutant(
+        "values from before a branch was fitted are read after it",
+        "secateur/repair/flow.py",
+        "                self.values[chunk][node] = values[node]\n",
+        "                self.values[chunk][node] = values[node] * 1.01\n",
+        (f"{GAUSS_NEWTON}::test_the_flow_goes_on_with_the_new_weights",),
     ),
 ]

@@ -219,16 +219,57 @@ def test_what_was_not_kept_is_as_it_was(name):
         assert not w[:, :, ~repair.kept_inputs(layer)].any() if layer.groups == 1 else True
 
 
-def test_too_few_equations_leave_the_layers_as_they_were_fitted():
-    _, repair = repair_of("perceptron", chunks=3)
-    repair.settings = Settings(branches=True)
+@pytest.mark.parametrize("constant, value", [("FEWEST", 10**6), ("EFFORT", 1.0)])
+def test_too_few_equations_or_too_many_weights_leave_the_layers_as_they_were_fitted(constant, value, monkeypatch):
+    monkeypatch.setattr(gn, constant, value)
+    _, repair = repair_of("perceptron", chunks=24)
+    _, alone = repair_of("perceptron", chunks=24)
+    alone.branches = []
+    rows, plain = repair.run(), alone.run()
+    assert [r for r in rows if "(branch" not in r.layer] == plain
+    (row,) = [r for r in rows if "(branch" in r.layer]
+    assert row.used == "least squares" and row.plain == row.repaired and "too many" in row.why
+    assert all(torch.equal(repair.state[n], t) for n, t in alone.state.items())
+
+
+def test_a_step_reads_as_many_chunks_as_its_weights_ask_for():
+    _, repair = repair_of("perceptron", chunks=24)
     fit = fit_of(repair, repair.branches[-1])
-    start = fit.start()
-    rows = sum(w.numel() for w in start.values()) * gn.FEWEST // fit.wanted(0).numel() // 2
-    fit._goals = {c: g[: max(1, rows // 2)] for c in range(3) for g in [fit.wanted(c)]}
-    fit.error = lambda chunks, weights: 1.0
-    weights, before, after = gn.gauss_newton(fit, [0, 1], [2], torch.Generator().manual_seed(0))
-    assert before == after == 1.0 and all(torch.equal(weights[n], start[n]) for n in start)
+    for equations in (10, 1000, 10**6):
+        wanted = -(-gn.EQUATIONS * fit.unknowns // equations)
+        assert fit.chunks_for(equations, 10**9) == max(1, wanted)
+        assert fit.chunks_for(equations, 3) == (min(3, wanted) if 3 * equations >= gn.FEWEST * fit.unknowns else 0)
+
+
+class _NoForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_an_op_without_a_derivative_keeps_what_the_layers_gave(monkeypatch):
+    """Whatever a product with the Jacobian trips over, the repair goes on."""
+    _, repair = repair_of("perceptron", chunks=24)
+
+    def step(node, values, weights, whole=Narrow._step):
+        value = whole(repair_narrow[0], node, values, weights)
+        return _NoForwardMode.apply(value) if "gelu" in node.name else value
+
+    repair_narrow = []
+    first = Narrow.__init__
+
+    def made_narrow(self, *args):
+        first(self, *args)
+        repair_narrow[:] = [self]
+        self._step = step
+
+    monkeypatch.setattr(Narrow, "__init__", made_narrow)
+    (row,) = [r for r in repair.run() if "(branch" in r.layer]
+    assert row.used == "least squares" and row.plain == row.repaired and "cannot be fitted as a whole" in row.why
 
 
 def test_a_step_that_is_worse_on_held_out_chunks_is_not_taken():

@@ -83,7 +83,7 @@ class Narrow:
     def cut(self, value: Tensor, dims: tuple) -> Tensor:
         for i, kept in enumerate(self._masks(dims)):
             if not bool(kept.all()):
-                value = value.index_select(i, kept.nonzero()[:, 0])
+                value = value.index_select(i, kept.nonzero()[:, 0].to(value.device))
         return value
 
     def spread(self, name: str, value: Tensor) -> Tensor:

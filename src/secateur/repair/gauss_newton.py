@@ -29,6 +29,8 @@ ROUNDS = 2  # linearisations
 STEPS = 8  # of conjugate gradients in each
 EQUATIONS = 40  # wanted per weight
 FEWEST = 4  # per weight; with fewer there is no fit
+EFFORT = 3e12  # multiply-accumulates that one branch may take, a minute or two of one thread
+_RUN = 4.5  # runs of the branch that a product with J^T J is worth
 STEP_SIZES = (1.0, 0.5, 0.25)
 _SAMPLED = 20_000  # rows of a layer's input for K
 _PROBED = 4  # chunks for K
@@ -78,6 +80,16 @@ class BranchFit:
         """Summed over the chunks."""
         with torch.no_grad():
             return sum(float(((self.output(c, weights) - self.wanted(c)) ** 2).sum(dtype=torch.float64)) for c in chunks)
+
+    @property
+    def unknowns(self) -> int:
+        return sum(w.numel() for w in self.start().values())
+
+    def chunks_for(self, equations: int, most: int) -> int:
+        """How many chunks, of `equations` each, a step is taken from; 0 where there are too few, or more than `EFFORT` can pay for."""
+        run = sum(self.branch.tensor(m.layer.weight).numel() * m.layer.places for m in self.members) * self.wanted(0).shape[0]
+        n = min(most, max(1, -(-EQUATIONS * self.unknowns // equations)), int(EFFORT / (ROUNDS * STEPS * _RUN * run)))
+        return n if n * equations >= FEWEST * self.unknowns else 0
 
     def gradient(self, chunks: list[int], weights: Weights) -> Weights:
         """J^T (t - y)."""
@@ -204,11 +216,10 @@ def gauss_newton(fit: BranchFit, fitting: list[int], held: list[int], random: to
     Returns the weights and the summed squared error on the held-out chunks before and after; no step was taken where they are equal.
     """
     weights = fit.start()
-    unknowns, equations = sum(w.numel() for w in weights.values()), fit.wanted(held[0]).numel()
     before = best = fit.error(held, weights)
-    if equations * len(fitting) < FEWEST * unknowns:
+    n = fit.chunks_for(fit.wanted(held[0]).numel(), len(fitting))
+    if not n:
         return weights, before, before
-    n = min(len(fitting), max(1, -(-EQUATIONS * unknowns // equations)))
     for _ in range(ROUNDS):
         chunks = [fitting[i] for i in torch.randperm(len(fitting), generator=random)[:n].tolist()]
         step = _step(fit, chunks, weights, random)

@@ -67,7 +67,16 @@ def refit(repair: Repair, waiting: Waiting, rectified: bool) -> None:
     fit = BranchFit(narrow, members, lambda c: narrow.cut(repair.dense.value(c, branch.end), dims), rectified, repair.settings.ridge)
     held = [c for c in range(repair.chunks) if repair.is_held_out(c)] or [repair.chunks - 1]
     fitting = [c for c in range(repair.chunks) if c not in held] or held
-    weights, before, after = gauss_newton(fit, fitting, held, torch.Generator().manual_seed(repair.settings.seed))
+    random, why = torch.Generator().manual_seed(repair.settings.seed), ""
+    try:
+        weights, before, after = gauss_newton(fit, fitting, held, random)
+        if after == before:
+            n = fit.chunks_for(fit.wanted(held[0]).numel(), len(fitting))
+            too_many = f"{fit.unknowns:,} weights are too many to be fitted as a whole to this data"
+            why = "as a whole it is no better on held-out rows" if n else too_many
+    except RuntimeError as error:  # an op without a derivative: what its layers gave one by one stays
+        weights, before = {}, fit.error(held, fit.start())
+        after, why = before, f"it cannot be fitted as a whole: {str(error).splitlines()[0]}"
     variance = sum(float((w - w.mean(0, keepdim=True)).square().sum()) for w in map(fit.wanted, held)) or 1.0
     better = after < before
     if better:
@@ -77,7 +86,7 @@ def refit(repair: Repair, waiting: Waiting, rectified: bool) -> None:
     name = f"{waiting.last.name} (branch of {len(members)} layers)"
     rows = repair.samples * waiting.last.places
     before, after = before / variance, after / variance
-    repair.rows.append(LayerRepair(name, rows, before, before, after, USED if better else "least squares"))
+    repair.rows.append(LayerRepair(name, rows, before, before, after, USED if better else "least squares", why))
 
 
 def member(repair: Repair, narrow: Narrow, layer: Layer) -> Member:
