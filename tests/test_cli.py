@@ -61,7 +61,7 @@ def test_the_main_job(run, trained, tmp_path):
     out = tmp_path / "out"
     text = run("prune", NET, "--at-most", "macs=50%", "--data", "digits", "--weights", trained, "-o", out)
     for word in ("b:out", "channel", "MACs (batch of 1)", "as cut", "BatchNorm re-estimated", "repaired by least squares",
-                 "layers fitted; median error", "asked MACs(at_most='50%')", "proof: largest"):  # fmt: skip
+                 "layers fitted; median error", "branches fitted as a whole as well", "asked MACs(at_most='50%')", "proof: largest"):  # fmt: skip
         assert word in text
     assert str(out) in text
     model = sc.load(out, lambda: __import__("nets").net())

@@ -179,9 +179,13 @@ def repairs(rows: Sequence[LayerRepair]) -> Table:
     table.add_column("used")
     for row in sorted(rows, key=lambda r: -r.plain)[:WORST]:
         table.add_row(escape(row.layer), f"{row.plain:.2g}", f"{_error(row):.2g}", escape(row.used))
-    fits = sum(row.used not in NOT_FITTED for row in rows)
-    middle = [statistics.median(values) for values in ([r.plain for r in rows], [_error(r) for r in rows])]
-    said = f"{fits} of {len(rows)} layers fitted; median error {middle[0]:.2g} -> {middle[1]:.2g}"
+    whole = [r for r in rows if r.layers > 1]
+    single = [r for r in rows if r.layers == 1] or whole
+    fits = sum(row.used not in NOT_FITTED for row in single)
+    middle = [statistics.median(values) for values in ([r.plain for r in single], [_error(r) for r in single])]
+    said = f"{fits} of {len(single)} layers fitted; median error {middle[0]:.2g} -> {middle[1]:.2g}"
+    if whole:
+        said += f"\n{sum(not r.why for r in whole)} of {len(whole)} branches fitted as a whole as well"
     kept: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         if row.used in NOT_FITTED:

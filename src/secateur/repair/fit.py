@@ -25,6 +25,7 @@ class LayerRepair:
         plain: error with the plain cut. bias: with the bias corrected only. repaired: with the least-squares fit.
         used: "plain", "bias", "least squares" or "rectified" (through the ReLU) or "gauss-newton" (the branch as a
             whole). why: why it is not the fit, '' where it is.
+        layers: how many layers were fitted as one.
     """
 
     layer: str
@@ -34,6 +35,7 @@ class LayerRepair:
     repaired: float
     used: str
     why: str = ""
+    layers: int = 1
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

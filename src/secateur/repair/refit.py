@@ -86,7 +86,7 @@ def refit(repair: Repair, waiting: Waiting, rectified: bool) -> None:
     name = f"{waiting.last.name} (branch of {len(members)} layers)"
     rows = repair.samples * waiting.last.places
     before, after = before / variance, after / variance
-    repair.rows.append(LayerRepair(name, rows, before, before, after, USED if better else "least squares", why))
+    repair.rows.append(LayerRepair(name, rows, before, before, after, USED if better else "least squares", why, len(members)))
 
 
 def member(repair: Repair, narrow: Narrow, layer: Layer) -> Member:
