@@ -57,6 +57,7 @@ def no_training(folder: Path) -> Rows:
                 if row["ratio"] == ratio and "/" not in row["method"]:
                     by_method.setdefault(row["method"], []).append(row[metric])
             ours = by_method.pop("ours")
+            by_method.pop("ours_layers", None)
             spread = f" ± {statistics.stdev(ours):.2f}" if len(ours) > 1 else ""
             better = min if metric == "perplexity" else max
             others = [(statistics.fmean(v), m.replace("_", " ")) for m, v in by_method.items()]

@@ -52,6 +52,12 @@ def ours(task: Task, share: float, seed: int) -> tuple[nn.Module, Info]:
     return result.model, facts(result)
 
 
+def ours_layers(task: Task, share: float, seed: int) -> tuple[nn.Module, Info]:
+    """The same with every layer fitted by itself: the closed form alone, no derivatives."""
+    result = pruned(task, share, seed, data=task.inputs(seed), repair="least_squares")
+    return result.model, facts(result)
+
+
 def _then_batch_norm(task: Task, seed: int, result: sc.Result, **more: Any) -> tuple[nn.Module, Info]:
     inputs = [((x,), {}) for x in task.inputs(seed)]
     return result.model, facts(result, batch_norm_batches=batch_norm_statistics(result.model, inputs), **more)
@@ -96,6 +102,7 @@ def flap(task: Task, share: float, seed: int) -> tuple[nn.Module, Info]:
 
 METHODS: dict[str, Method] = {
     "ours": ours,
+    "ours_layers": ours_layers,
     "magnitude": magnitude,
     "magnitude_inner": magnitude_inner,
     "taylor": taylor,

@@ -14,10 +14,11 @@ from benchmarks.no_training.peer import PREFIX
 from benchmarks.no_training.rows import FOLDER, Row, every_row
 from benchmarks.no_training.tasks import TASKS, Task
 
-ORDER = ("dense", "ours", "torch_pruning", "taylor", "taylor_inner", "flap", "magnitude", "magnitude_inner", "random")
+ORDER = ("dense", "ours", "ours_layers", "torch_pruning", "taylor", "taylor_inner", "flap", "magnitude", "magnitude_inner", "random")
 TITLES = {
     "dense": "dense",
     "ours": "**secateur**, inputs only",
+    "ours_layers": "secateur, layers fitted one by one",
     "torch_pruning": "Torch-Pruning, best variant, BN re-estimated",
     "taylor": "Taylor with labels, BN re-estimated",
     "taylor_inner": "Taylor with labels, residual stream kept, BN re-estimated",
