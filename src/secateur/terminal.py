@@ -188,7 +188,7 @@ def repairs(rows: Sequence[LayerRepair]) -> Table:
         said += f"\n{sum(not r.why for r in whole)} of {len(whole)} branches fitted as a whole as well"
     kept: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        if row.used in NOT_FITTED:
+        if row.why or row.used in NOT_FITTED:
             kept[row.why or row.used].append(row.layer)
     for why, layers in kept.items():
         shown = ", ".join(layers[:3]) + (" ..." if len(layers) > 3 else "")

@@ -23,7 +23,7 @@ class LayerRepair:
     Attributes:
         layer: the layer's name. rows: calibration rows that were used.
         plain: error with the plain cut. bias: with the bias corrected only. repaired: with the least-squares fit.
-        used: "plain", "bias", "least squares" or "rectified" (through the ReLU) or "gauss-newton" (the branch as a
+        used: "plain", "bias", "least squares", "rectified" (through the ReLU) or "gauss-newton" (the branch as a
             whole). why: why it is not the fit, '' where it is.
         layers: how many layers were fitted as one.
     """

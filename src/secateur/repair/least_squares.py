@@ -96,7 +96,7 @@ class Repair:
         self.targets = {x.node: find_target(x) for x in self.layers if not x.why_not}
         self.affected = _affected(graph, reads, self.keep)
         self.attentions = find_attentions(graph, self.layers)
-        self.branches = branches(self) if self.settings.branches else []
+        self.branches = branches(self) if self.settings.branches and self.chunks > 1 else []  # one chunk alone has nothing to be judged by
         self.done: set[fx.Node] = set()
         self.busy: set[fx.Node] = set()
         self.rows: list[LayerRepair] = []

@@ -65,8 +65,8 @@ def refit(repair: Repair, waiting: Waiting, rectified: bool) -> None:
     members = [member(repair, narrow, x) for x in branch.layers]
     dims = repair.graph.env[branch.end]
     fit = BranchFit(narrow, members, lambda c: narrow.cut(repair.dense.value(c, branch.end), dims), rectified, repair.settings.ridge)
-    held = [c for c in range(repair.chunks) if repair.is_held_out(c)] or [repair.chunks - 1]
-    fitting = [c for c in range(repair.chunks) if c not in held] or held
+    held = [c for c in range(repair.chunks) if repair.is_held_out(c)]
+    fitting = [c for c in range(repair.chunks) if c not in held]
     random, why = torch.Generator().manual_seed(repair.settings.seed), ""
     try:
         weights, before, after = gauss_newton(fit, fitting, held, random)
