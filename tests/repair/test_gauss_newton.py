@@ -336,3 +336,26 @@ def test_convolutions_with_a_projection_are_fitted_with_it():
 def test_one_chunk_alone_is_not_fitted_as_a_whole():
     """There would be nothing to judge the fit by."""
     assert repair_of("residual", chunks=1)[1].branches == [] and repair_of("residual", chunks=2)[1].branches
+
+
+def test_a_branch_around_a_removed_block_goes_on_with_its_stream():
+    def does(m, x):
+        x = m.a(x)
+        for up, down in ((m.b, m.c), (m.d, m.e), (m.f, m.g)):
+            x = x + down(F.relu(up(x)))
+        return x
+
+    torch.manual_seed(0)
+    model = Sequenced(does, a=linear(10, 8), **{k: linear(8, 12) for k in "bdf"}, **{k: linear(12, 8) for k in "ceg"}).eval()
+    feeds = [((x,), {}) for x in rows_of((10,), 640, 1).split(32)]
+    graph = trace(model, feeds[0][0])
+    keep = half(graph) | {"e:block": torch.tensor([False])}
+    repair = Repair(graph, keep, {n: t.detach() for n, t in model.state_dict().items()}, feeds, Settings(branches=True))
+    ends = [w.branch.end for w in repair.branches]
+    assert any(set(w.branch.nodes) & set(repair.pruned.runner.bypass) for w in repair.branches) and ends
+    (output,) = [n for n in graph.capture.graph.nodes if n.op == "output"]
+    repair.pruned.hold(output)
+    assert any(r.used == USED for r in repair.run())
+    fresh = Repair(graph, keep, repair.state, feeds, Settings())
+    for chunk in range(20):
+        torch.testing.assert_close(repair.pruned.value(chunk, output)[0], fresh.pruned.value(chunk, output)[0], rtol=1e-4, atol=1e-5)
