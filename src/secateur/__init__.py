@@ -23,8 +23,14 @@ from secateur.measure.proof import prove as prove
 from secateur.mend import mend as mend
 from secateur.models import load as load
 from secateur.models import save as save
+from secateur.pattern import NM as NM
+from secateur.pattern import Block as Block
+from secateur.pattern import Free as Free
 from secateur.prune import Result as Result
 from secateur.prune import prune as prune
+from secateur.sparsify import Sparse as Sparse
+from secateur.sparsify import mask as mask
+from secateur.sparsify import sparsify as sparsify
 from secateur.surgery import Cut as Cut
 from secateur.surgery import cut as cut
 from secateur.sweep import sweep as sweep
@@ -34,9 +40,12 @@ from secateur.trace import parts as parts
 from secateur.trace import trace as trace
 
 __all__ = [
+    "NM",
+    "Block",
     "Bytes",
     "Cost",
     "Cut",
+    "Free",
     "Graph",
     "Group",
     "Latency",
@@ -47,9 +56,11 @@ __all__ = [
     "Proof",
     "Result",
     "SecateurError",
+    "Sparse",
     "cut",
     "errors",
     "load",
+    "mask",
     "measure",
     "mend",
     "parts",
@@ -58,6 +69,7 @@ __all__ = [
     "prune",
     "save",
     "score",
+    "sparsify",
     "sweep",
     "trace",
 ]

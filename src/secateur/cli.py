@@ -21,16 +21,20 @@ from secateur import demo as the_demo
 from secateur import explore, job, terminal
 from secateur.budget import parse, parse_points
 from secateur.errors import InputError, SecateurError
+from secateur.masks import METHODS
 from secateur.measure import measure as measured
 from secateur.measure.run import batch_of
 from secateur.models import Data, load_data, load_model
 from secateur.models.example import parse_input
+from secateur.models.verify import verify as verified
+from secateur.pattern import parse_pattern
 from secateur.report import rewrite
 from secateur.score import CRITERIA, find
+from secateur.sparsify import Sparse
 from secateur.trace import trace
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=(
-    "Structured pruning of PyTorch networks that proves what it cut. "
+    "Pruning of PyTorch networks, structures and single weights, that proves what it did. "
     "Exit codes: 0 done, 1 refused and nothing changed, 2 wrong usage."
 ))  # fmt: skip
 
@@ -88,6 +92,55 @@ def prune(  # noqa: PLR0913  # a command's parameters are its options
         _print(done.to_json())
     else:
         terminal.job(done)
+
+
+@app.command()
+def mask(  # noqa: PLR0913  # as above
+    context: typer.Context,
+    model: Model,
+    keep: Annotated[str | None, typer.Option(help="Share of the weights that stays, 10% or 0.1; an N:M pattern has its own.")] = None,
+    pattern: Annotated[str, typer.Option(help="free, free/row, 2:4 (2 kept of 4), 4x1 (blocks of 4 outputs), 4x1/row.")] = "free",
+    by: Annotated[str, typer.Option(help="magnitude, wanda, ria, sparsegpt, obc or alps. auto: alps with DATA, else magnitude.")] = "auto",
+    budget: Annotated[str, typer.Option(help="How much of each layer stays: uniform, erk, lamp, owl or atp.")] = "uniform",
+    refit: Annotated[bool, typer.Option(help="Fit the weights that stay, from DATA.")] = True,
+    data: Source = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the result.")] = None,
+    ignore: Ignore = None,
+    seed: Seed = 0,
+    weights: Weights = None,
+    inputs: Inputs = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make single weights zero, in a pattern, fit those that stay from DATA without training, and save the model."""
+    how = Sparse(keep, by, parse_pattern(pattern), budget, refit, ignore=tuple(ignore or ()), seed=seed)
+    with _working(as_json) as say:
+        held, given = _given(data, inputs, seed)
+        say("load")
+        loaded = load_model(model, weights, seed=seed)
+        example = job.example_inputs(loaded, held, given)
+        done = job.masked(loaded, example, how, data=held, out=out, progress=say)
+        job.write_report(done, settings={"command": _command(context)})
+    if as_json:
+        _print(done.to_json())
+    else:
+        terminal.job(done)
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", show_default=False, help="What `mask -o` or `prune -o` wrote.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a saved model: hashes of its files, exactly the zeros of its plan, legal patterns, no -0."""
+    found = verified(folder)
+    if as_json:
+        _print(found.to_json())
+    else:
+        terminal.verified(found)
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -231,14 +284,19 @@ def explain(
     debug: Debug = False,
 ) -> None:
     """Say what a criterion computes, what it needs and costs, when to use it, and where it comes from."""
-    found = [find(name)] if name else list(CRITERIA.values())
-    facts = [criterion.facts() for criterion in found]
+    if name:
+        found = find(name) if name in CRITERIA or name not in METHODS else METHODS[name]
+        if as_json:
+            _print(found.facts())
+        else:
+            terminal.criterion(found.facts())
+        return
+    criteria, methods = ([each.facts() for each in table] for table in (CRITERIA.values(), METHODS.values()))
     if as_json:
-        _print(facts[0] if name else {"criteria": facts})
-    elif name:
-        terminal.criterion(facts[0])
+        _print({"criteria": criteria, "methods": methods})
     else:
-        terminal.criteria(facts)
+        terminal.criteria(criteria)
+        terminal.criteria(methods, "methods for single weights (`secateur mask --by`): what scores lowest becomes zero")
 
 
 def _given(data: str | None, inputs: Sequence[str] | None, seed: int) -> tuple[Data | None, list[Any]]:

@@ -22,6 +22,7 @@ from secateur.prune import Result, batches, check, chosen, prune
 from secateur.repair import FITTED, batch_norm_statistics
 from secateur.repair.chunks import ROWS
 from secateur.retrace import with_inputs
+from secateur.sparsify import Sparse, sparsify
 
 Progress = Callable[[str], None]
 
@@ -63,6 +64,7 @@ class Job:
             "accuracy": dict(self.accuracy) or None,
             "groups": group_rows(result),
             "repairs": [row.to_json() for row in result.repairs],
+            **({"masks": [row.to_json() for row in result.masks]} if result.masks else {}),
             "why": dict(result.plan.why),
             "folder": str(self.folder) if self.folder else None,
         }
@@ -116,6 +118,32 @@ def run(
         say("save")
         folder = save(result, out)
     return Job(loaded.name, result, batch_of(*inputs), measured, folder)
+
+
+def masked(
+    loaded: LoadedModel, inputs: tuple[tuple, dict[str, Any]], how: Sparse, *,
+    data: Data | None = None, out: str | Path | None = None, progress: Progress | None = None,
+) -> Job:  # fmt: skip
+    """Make single weights zero, from the training part of the data; with labels measure on its test part; save.
+
+    Raises whatever `sparsify`, `accuracy` and `save` raise.
+    """
+    say, (args, kwargs) = progress or (lambda stage: None), inputs
+    model = loaded.model
+    check(model, args, kwargs)
+    measured = dense_accuracy(model, data, say)
+    held = Cast(model, data.train) if data is not None else None
+    result = sparsify(model, args, how, held, kwargs=kwargs, progress=say)
+    if data is not None and data.labelled:
+        say("accuracy of the masked model")
+        measured["cut" if result.plan.why["score"] == "magnitude" and not result.plan.why["refit"] else "repaired"] = accuracy(
+            result.model, Cast(model, data.test)
+        )
+    folder = None
+    if out is not None:
+        say("save")
+        folder = save(result, out)
+    return Job(loaded.name, result, batch_of(args, kwargs), measured, folder)
 
 
 def settled(options: Options, data: Data | None) -> Options:

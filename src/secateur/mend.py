@@ -11,7 +11,9 @@ from torch import nn
 
 from secateur.calibrate import batches
 from secateur.errors import DataError, InputError
+from secateur.masks import Asked, LayerMask, Means, solved
 from secateur.measure.proof import Proof, require
+from secateur.pattern import parse_pattern
 from secateur.plan import Cost, Plan
 from secateur.repair import FITTED, HOW, LayerRepair, Study, batch_norm_statistics, changed, proven, put_into
 from secateur.surgery import Cut
@@ -37,6 +39,7 @@ class Result:
         notes: what the user should know (ops without a rule, a graph handed back, ...).
         repairs: what became of every layer in a least-squares repair, with its errors.
         study: statistics of the dense model on the data, from which other budgets can be planned.
+        masks: what became of every layer whose single weights were pruned.
     """
 
     model: nn.Module
@@ -50,6 +53,7 @@ class Result:
     dense: nn.Module | None = field(default=None, repr=False)
     repairs: list[LayerRepair] = field(default_factory=list)
     study: Study | None = field(default=None, repr=False)
+    masks: list[LayerMask] = field(default_factory=list)
 
     def migrate(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """An optimizer of the same class for the cut model: same settings, its state (momentum ...) cut alike."""
@@ -102,7 +106,12 @@ def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
     study = result.study
     if study is None or study.data is not data:
         study = study_of(dense, graph, data, result.plan.why.get("seed", 0), say)
-    state, rows = study.repaired(keep, how=repair)
+    if result.plan.weights:
+        asked = {n: Asked(parse_pattern(result.plan.patterns[n]), stays=m) for n, m in result.plan.weights.items()}
+        network = solved(study, asked, Means(None), study.seed, say)
+        state, rows, result.masks = network.state, network.rows, network.masks_of
+    else:
+        state, rows = study.repaired(keep, how=repair)
     new = changed(dense, graph, state)
     before = {n: t.detach().clone() for n, t in state_of(result.model).items()}
     say("prove the repair")
@@ -117,7 +126,8 @@ def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
     if (left := study.chunks.left_out) >= study.chunks.rows // len(study.chunks.feeds):  # more than what is over of whole chunks
         result.notes.append(f"{left} rows of data were left out of the repair: their shapes are not those of the first batch")
     result.repairs, result.study = rows, study
-    result.plan = replace(result.plan, why={**result.plan.why, "repair": repair, "calibration_rows": study.chunks.rows})
+    done = "least_squares" if result.masks else repair
+    result.plan = replace(result.plan, why={**result.plan.why, "repair": done, "calibration_rows": study.chunks.rows})
     return result
 
 

@@ -1,9 +1,13 @@
-"""The Plan: who stays. The one value that crosses every border; pure data, no model, no files."""
+"""The Plan: who stays. The one value that crosses every border; pure data, no model, no files.
+
+Units stay or go with all their connections (`keep`); single weights stay or become zero where they are (`weights`).
+"""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -35,14 +39,21 @@ class Plan:
         before: cost of the dense model.
         after: cost predicted for the cut model; `measure` counts the same on it.
         why: how it came about (score, targets, allocation, seed, versions): plain JSON values.
+        weights: name of a weight -> bool tensor of its shape: True stays, the others are zero.
+        patterns: name of a weight -> its pattern, as `secateur.pattern.written` gives it.
     """
 
     keep: Mapping[str, torch.Tensor]
     before: Cost
     after: Cost
     why: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    patterns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, mask in self.weights.items():
+            if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+                raise PlanError(f"weight {name!r}: its mask is no bool tensor.\n  Pass a torch.bool tensor of the weight's shape (True stays).")
         for name, mask in self.keep.items():
             if not isinstance(mask, torch.Tensor):
                 raise PlanError(f"group {name!r}: keep is a {type(mask).__name__}.\n  Pass a 1-d torch.bool tensor (True stays).")
@@ -58,6 +69,9 @@ class Plan:
             and self.keep.keys() == other.keep.keys()
             and all(torch.equal(m, other.keep[n]) for n, m in self.keep.items())
             and (self.before, self.after, dict(self.why)) == (other.before, other.after, dict(other.why))
+            and self.weights.keys() == other.weights.keys()
+            and all(torch.equal(m, other.weights[n]) for n, m in self.weights.items())
+            and dict(self.patterns) == dict(other.patterns)
         )
 
     __hash__ = None  # type: ignore[assignment]  # holds tensors
@@ -73,6 +87,8 @@ class Plan:
         Raises:
             PlanError: `other` was not made for the model that `self` leaves.
         """
+        if self.weights or other.weights:
+            raise PlanError("a plan of single weights is for the shapes of one model.\n  Cut first, then mask the cut model with a plan of its own.")
         keep = dict(self.keep)
         left = {n for n, m in keep.items() if int(m.sum()) > 1}
         if not left <= other.keep.keys():
@@ -98,10 +114,11 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; masks as base64 of packed bits, most significant bit first."""
-        keep = {
-            n: {"units": len(m), "bits": base64.b64encode(np.packbits(m.numpy()).tobytes()).decode()} for n, m in self.keep.items()
-        }
-        return {"keep": keep, "before": asdict(self.before), "after": asdict(self.after), "why": dict(self.why)}
+        keep = {n: {"units": len(m), "bits": _bits(m)} for n, m in self.keep.items()}
+        found = {"keep": keep, "before": asdict(self.before), "after": asdict(self.after), "why": dict(self.why)}
+        if self.weights:
+            found["weights"] = {n: {"shape": list(m.shape), "bits": _bits(m), "pattern": self.patterns[n]} for n, m in self.weights.items()}
+        return found
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
@@ -111,12 +128,21 @@ class Plan:
             PlanError: a field is missing or a mask is shorter than its units.
         """
         try:
-            keep = {}
-            for name, m in data["keep"].items():
-                bits = np.unpackbits(np.frombuffer(base64.b64decode(m["bits"]), np.uint8))
-                if not m["units"] <= len(bits) < m["units"] + 8:
-                    raise ValueError(f"group {name!r} says {m['units']} units and carries {len(bits)} bits")
-                keep[name] = torch.from_numpy(bits[: m["units"]].astype(bool))
-            return cls(keep, Cost(**data["before"]), Cost(**data["after"]), data["why"])
+            keep = {name: _unpacked(f"group {name!r}", m["bits"], [m["units"]]) for name, m in data["keep"].items()}
+            held = data.get("weights", {})
+            weights = {name: _unpacked(f"weight {name!r}", m["bits"], m["shape"]) for name, m in held.items()}
+            patterns = {name: str(m["pattern"]) for name, m in held.items()}
+            return cls(keep, Cost(**data["before"]), Cost(**data["after"]), data["why"], weights, patterns)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"this is not a plan: {error}.\n  Write it again with Plan.to_json().") from error
+
+
+def _bits(mask: torch.Tensor) -> str:
+    return base64.b64encode(np.packbits(mask.cpu().numpy().reshape(-1)).tobytes()).decode()
+
+
+def _unpacked(what: str, text: str, shape: Sequence[int]) -> torch.Tensor:
+    bits, size = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8)), math.prod(shape)
+    if not size <= len(bits) < size + 8:
+        raise ValueError(f"{what} says {size} units and carries {len(bits)} bits")
+    return torch.from_numpy(bits[:size].astype(bool)).reshape(tuple(shape))

@@ -16,7 +16,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from secateur.explore import Sweep
     from secateur.job import Job
+    from secateur.masks import LayerMask
     from secateur.measure import Measurement
+    from secateur.models.verify import Verified
     from secateur.plan import Cost
     from secateur.repair import LayerRepair
     from secateur.trace import Graph
@@ -102,7 +104,10 @@ def percent(value: float) -> str:
 def job(done: Job) -> None:
     """Everything `prune` has to say."""
     console, result = out(), done.result
-    console.print(_groups(done.to_json()["groups"]))
+    if result.masks:
+        console.print(masks(result.masks, result.plan.why))
+    else:
+        console.print(_groups(done.to_json()["groups"]))
     console.print(costs({"dense": result.before, "pruned": result.after}, done.rows))
     for row in result.plan.why.get("achieved", ()):
         console.print(asked(row), markup=False)
@@ -113,12 +118,41 @@ def job(done: Job) -> None:
     proof = result.proof
     console.print(f"proof: largest deviation from the masked original {proof.max_error:.1e} in float64, relative "
                   f"(at most {proof.tolerance:.0e} is accepted)")  # fmt: skip
-    how = "its own class, tensors and attributes resized" if result.cut.how == "attributes" else "the captured graph"
+    own = "its own class, weights set to zero" if result.masks else "its own class, tensors and attributes resized"
+    how = own if result.cut.how == "attributes" else "the captured graph"
     console.print(f"model: {how}")
     for note in result.notes:
         console.print(f"note: {note}", markup=False)
     if done.folder is not None:
         console.print(f"saved: {done.folder}", markup=False, soft_wrap=True)
+
+
+def masks(rows: Sequence[LayerMask], why: Mapping[str, Any]) -> Table:
+    """The layers whose masks cost most, and a summary of all."""
+    table = Table("layer", title=f"single weights by {why.get('score', '?')}: error of each layer, of its variance", title_justify="left")
+    for name in ("weights", "stay", "mask alone", "fitted"):
+        table.add_column(name, justify="right")
+    seen = any(row.rows for row in rows)
+    for row in sorted(rows, key=lambda r: -r.plain)[:WORST]:
+        errors = (f"{row.plain:.2g}", f"{row.repaired:.2g}" if row.used == "fit" else "-") if seen else ("", "")
+        table.add_row(escape(row.layer), f"{row.size:,}", percent(row.kept / row.size), *errors)
+    kept, size = sum(r.kept for r in rows), sum(r.size for r in rows)
+    said = f"{kept:,} of {size:,} weights of {len(rows)} layers stay ({percent(kept / max(1, size))}), pattern {rows[0].pattern}"
+    if dense := sum(r.dense for r in rows):
+        said += f"\n{dense:,} of them because the pattern does not divide their layer"
+    table.caption, table.caption_justify = escape(said), "left"
+    return table
+
+
+def verified(found: Verified) -> None:
+    """What `verify` looked at, and what it found wrong."""
+    console = out()
+    console.print(f"{found.folder}: {found.files} files with the hashes they were written with", markup=False, soft_wrap=True)
+    if found.weights:
+        console.print(f"{found.zeros:,} of {found.size:,} weights of {found.weights} layers are zero")
+    for problem in found.problems:
+        console.print(f"wrong: {problem}", markup=False, soft_wrap=True)
+    console.print("nothing is wrong" if not found.problems else f"{len(found.problems)} things are wrong")
 
 
 def _groups(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -304,9 +338,9 @@ def measurement(name: str, found: Measurement) -> None:
     out().print(table)
 
 
-def criteria(rows: Sequence[Mapping[str, str]]) -> None:
-    """One line per criterion; `explain NAME` says the rest."""
-    table = Table("criterion", "needs", "formula", title="criteria: what scores lowest goes first", title_justify="left")
+def criteria(rows: Sequence[Mapping[str, str]], title: str = "criteria: what scores lowest goes first") -> None:
+    """One line per criterion or method; `explain NAME` says the rest."""
+    table = Table("name", "needs", "formula", title=title, title_justify="left")
     for row in rows:
         table.add_row(row["name"], row["needs"], escape(row["formula"]))
     table.caption = "`secateur explain NAME` says what one costs, when to use it, and where it comes from"

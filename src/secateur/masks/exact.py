@@ -1,0 +1,35 @@
+"""Whether weights have the zeros that their masks say, and no others are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from secateur.pattern import TURNED, legal, parse_pattern
+
+
+def wrong_zeros(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> list[str]:
+    """One sentence for every weight that is not what its mask says: a weight outside the mask that is not zero, or a -0."""
+    found = []
+    for name, stays in masks.items():
+        w = state[name].detach()
+        outside = int((w[~stays.to(w.device)] != 0).sum())
+        if outside:
+            found.append(f"{name}: {outside} weights that the plan removed are not zero")
+        elif minus := int((torch.signbit(w) & (w == 0)).sum()):
+            found.append(f"{name}: {minus} zeros are -0")
+    return found
+
+
+def illegal(masks: Mapping[str, Tensor], patterns: Mapping[str, str]) -> list[str]:
+    """One sentence for every mask that does not obey its pattern. Patterns count along input channels."""
+    found = []
+    for name, stays in masks.items():
+        pattern = parse_pattern(patterns[name])
+        stays = stays.t() if patterns[name].endswith(TURNED) else stays
+        rows = stays.flatten(2).transpose(1, 2).reshape(len(stays), -1) if stays.dim() > 2 and pattern.unit[1] > 1 else stays.flatten(1)
+        if not legal(pattern, rows):
+            found.append(f"{name}: its mask is no legal pattern {pattern}")
+    return found

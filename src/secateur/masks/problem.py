@@ -1,0 +1,126 @@
+"""One matrix of weights to be made sparse, and what is known of its inputs.
+
+    minimise over W'  tr((W - W') H (W - W')^T),   H = E[x x^T]
+
+that is the mean squared error of the layer's output. Rows of W are outputs, columns inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from secateur.errors import DataError
+from secateur.pattern import Pattern, choose
+
+DAMP = 0.01  # of the mean of H's diagonal (Frantar & Alistarh 2023)
+TRIES = 6
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    Attributes:
+        w: (rows, cols) float32 or float64.
+        h: (cols, cols) of the same dtype; None for methods that look at weights alone.
+        pattern, keep: what is asked for.
+        allowed: bool (rows, cols): weights that may stay; None allows all. An already sparse layer keeps its zeros.
+        damp: added to the diagonal of H, relative to its mean.
+        name: of the layer, for messages.
+    """
+
+    w: Tensor
+    h: Tensor | None
+    pattern: Pattern
+    keep: Fraction
+    allowed: Tensor | None = None
+    damp: float = DAMP
+    name: str = "the layer"
+
+    @property
+    def gram(self) -> Tensor:
+        """H.
+
+        Raises:
+            DataError: there is none, or it is not finite.
+        """
+        if self.h is None:
+            raise DataError(f"{self.name}: this method needs to see what the layer takes in.\n  Pass data=, or use by='magnitude'.")
+        if not bool(torch.isfinite(self.h).all()):
+            raise DataError(
+                f"{self.name}: the second moments of its inputs are not finite on the calibration data.\n"
+                "  Look for NaN, infinite or far too large activations in front of it."
+            )
+        return self.h
+
+    def choose(self, score: Tensor) -> Tensor:
+        """The mask that keeps the highest scores among the weights that may stay: bool (rows, cols).
+
+        Raises:
+            PlanError: the pattern does not fit the matrix, or scores are NaN.
+        """
+        if self.allowed is None:
+            return choose(self.pattern, score, self.keep)
+        return choose(self.pattern, torch.where(self.allowed, score, -torch.inf), self.keep) & self.allowed
+
+    def part(self, cols: slice, w: Tensor) -> Problem:
+        """The problem of a few columns with the weights `w`; without H."""
+        return replace(self, w=w, h=None, allowed=None if self.allowed is None else self.allowed[:, cols])
+
+
+@dataclass(frozen=True)
+class Solution:
+    """`w` (rows, cols) is zero where `stays` (rows, cols) is False. `damped`: what was added to the diagonal of H, relative
+    to its mean, where H had to be inverted."""
+
+    w: Tensor
+    stays: Tensor
+    damped: float = 0.0
+
+
+def masked(w: Tensor, stays: Tensor, damped: float = 0.0) -> Solution:
+    """The weights that stay, as they are. Zeros are +0."""
+    return Solution(torch.where(stays, w, torch.zeros((), dtype=w.dtype, device=w.device)), stays, damped)
+
+
+def error(w: Tensor, new: Tensor, h: Tensor) -> float:
+    """tr((W - W') H (W - W')^T) / tr(W H W^T): the relative squared error of the layer's output."""
+    d = w - new
+    whole = float(((w @ h) * w).sum())
+    return float(((d @ h) * d).sum()) / whole if whole > 0 else 0.0
+
+
+def damped(h: Tensor, damp: float, name: str, make: Callable[[Tensor], tuple[Tensor, bool]]) -> tuple[Tensor, float]:
+    """`make(h + damp * mean(diag h) * I)` with the smallest damping that works, raised tenfold at a time, and that damping.
+    Inputs that are always 0 count as 1 on the diagonal. `make` returns a tensor and whether it could be made.
+
+    Raises:
+        DataError: no damping helps.
+    """
+    diagonal = h.diagonal()
+    mean = float(diagonal.mean())
+    dead = diagonal == 0
+    for attempt in range(TRIES):
+        level = damp * 10**attempt
+        a = h.clone()
+        a.diagonal().add_(level * mean if mean > 0 else 1.0)
+        a.diagonal()[dead] = max(mean, 1.0)
+        found, fine = make(a)
+        if fine and bool(torch.isfinite(found).all()):
+            return found, level
+    raise DataError(
+        f"{name}: no damping up to {level:.0e} of the mean makes the {len(h)} x {len(h)} moments of its inputs invertible.\n"
+        "  Give more, or more varied, calibration data."
+    )
+
+
+def inverse(a: Tensor) -> tuple[Tensor, bool]:
+    """The inverse of a positive definite matrix, and whether it is one."""
+    lower, info = torch.linalg.cholesky_ex(a)
+    if int(info):
+        return a, False
+    return torch.cholesky_inverse(lower), True

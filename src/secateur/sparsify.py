@@ -1,0 +1,176 @@
+"""Single weights become zero, in a pattern, and those that stay make up for them.
+
+`sparsify()` finds masks and weights layer by layer; `mask()` carries out a plan that is already there. Both hand back a copy
+of the model with zeros in it, of the same shapes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import CutError, InputError, PlanError
+from secateur.masks import (
+    LayerMask,
+    Means,
+    Selection,
+    find,
+    mask_alone,
+    mean_squares,
+    select,
+    solved,
+    spread,
+    wrong_zeros,
+)
+from secateur.measure.checks import check
+from secateur.measure.count import count
+from secateur.measure.proof import require
+from secateur.mend import Progress, Result, study_of
+from secateur.pattern import FREE, NM, Pattern, share, written
+from secateur.plan import Plan
+from secateur.repair import changed, proven, put_into
+from secateur.surgery import Cut
+from secateur.surgery.cut import state_of
+from secateur.trace import Graph, trace
+from secateur.trace.tracer import patterns
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """How single weights are pruned.
+
+    Attributes:
+        keep: the share that stays of the weights of all layers that are made sparse, "10%" or 0.1; None with an N:M pattern.
+        by: a method (`secateur.masks.METHODS`). "auto": alps with data, else magnitude.
+        pattern: `Free()`, `NM(2, of=4)` or `Block(4, 1)`.
+        budget: how much of each layer stays: a name of `secateur.masks.BUDGETS`, or {weight: share}.
+        refit: fit the weights that stay, once a layer's mask is known.
+        corrected: aim at the dense network's values at the next addition, so that a layer makes up for those before it.
+        ignore: names or patterns of modules or weights that stay dense.
+        seed: of the rows that are sampled.
+    """
+
+    keep: str | float | Fraction | None = None
+    by: str = "auto"
+    pattern: Pattern = FREE
+    budget: str | Mapping[str, Fraction] = "uniform"
+    refit: bool = True
+    corrected: bool = True
+    ignore: Sequence[str] = ()
+    seed: int = 0
+
+    def share(self) -> Fraction:
+        """
+        Raises:
+            InputError: no share is given, or one beside an N:M pattern, or it is none.
+        """
+        if isinstance(self.pattern, NM):
+            own = Fraction(self.pattern.n, self.pattern.of)
+            if self.keep is not None and share(self.keep) != own:
+                raise InputError(f"keep={self.keep!r} beside the pattern {self.pattern}, which keeps {float(100 * own):g} %.\n  Leave keep out.")
+            return own
+        if self.keep is None:
+            raise InputError(f"the pattern {self.pattern} does not say how much stays.\n  Pass keep='10%'.")
+        return share(self.keep)
+
+
+def sparsify(
+    model: nn.Module, args: tuple, how: Sparse, data: Iterable[Any] | None = None, *,
+    kwargs: Mapping[str, Any] | None = None, progress: Progress | None = None,
+) -> Result:  # fmt: skip
+    """Make single weights of linear layers and convolutions zero. `model` is never changed.
+
+    Args:
+        model: a trained module. args, kwargs: example inputs, as it is called.
+        how: what stays, in which pattern, by which method.
+        data: batches of inputs, without labels (see `prune`); without it only magnitudes can be looked at.
+        progress: called with the name of each stage as it starts.
+
+    Returns a `Result`: `model` of the same shapes, `plan.weights` the masks, `masks` what became of each layer.
+
+    Raises:
+        InputError, ModelError, CaptureError, DataError, PlanError, ProofError: nothing was changed.
+    """
+    say, keep = progress or (lambda stage: None), how.share()
+    by = ("alps" if data is not None else "magnitude") if how.by == "auto" else how.by
+    method = find(by)
+    if method.needs != "weights" and data is None:
+        raise InputError(f"by={by!r} needs calibration data.\n  Pass data=, batches of inputs; no labels are needed. by='magnitude' does without.")
+    kwargs = dict(kwargs or {})
+    check(model, args, kwargs)
+    say("trace")
+    graph = trace(model, args, kwargs, ignore=patterns(how.ignore))
+    chosen = select(graph, state_of(model), how.pattern)
+    study = study_of(model, graph, data, how.seed, say) if data is not None else None
+    seen = mean_squares(study, chosen.layers) if study is not None and how.budget == "owl" else None
+    asked = spread(chosen, state_of(model), how.pattern, keep, how.budget, seen)
+    why = {"score": by, "pattern": written(how.pattern), "budget": how.budget if isinstance(how.budget, str) else "given", "seed": how.seed,
+           "keep": str(float(keep)), "refit": how.refit and data is not None, "corrected": how.corrected}  # fmt: skip
+    plan = Plan(_everything(graph), graph.cost(), graph.cost(), why)
+    if study is None:
+        weights = {n: mask_alone(chosen.layers[n], state_of(model)[n], one) for n, one in asked.items()}
+        new = {n: _masked(state_of(model)[n], m) for n, m in weights.items()}
+        rows = [LayerMask(chosen.layers[n].name, tuple(m.shape), int(m.sum()), str(how.pattern)) for n, m in weights.items()]
+        return _result(model, graph, new, _with(plan, weights, chosen, how.pattern), rows, chosen.notes())
+    network = solved(study, asked, Means(method.function, how.refit, how.corrected), how.seed, say)
+    plan = replace(_with(plan, network.stays, chosen, how.pattern), why={**why, "calibration_rows": study.chunks.rows})
+    result = _result(model, graph, changed(model, graph, network.state), plan, network.masks_of, chosen.notes())
+    return replace(result, study=study)
+
+
+def mask(model: nn.Module, args: tuple, plan: Plan, kwargs: Mapping[str, Any] | None = None) -> Result:
+    """The model with the zeros of `plan.weights`; `mend(result, data)` then fits the weights that stay.
+
+    Raises:
+        PlanError: the plan has no weights, or is for other shapes. Nothing was changed.
+    """
+    kwargs, state = dict(kwargs or {}), state_of(model)
+    check(model, args, kwargs)
+    if not plan.weights:
+        raise PlanError("this plan names no single weights.\n  cut() carries it out; plans of weights come from sparsify(), or Plan(..., weights=).")
+    for name, stays in plan.weights.items():
+        if name not in state or state[name].shape != stays.shape:
+            have = tuple(state[name].shape) if name in state else "missing"
+            raise PlanError(f"weight {name!r} is {have} in this model and {tuple(stays.shape)} in the plan.\n  Pass the model that it was made for.")
+    graph = trace(model, args, kwargs)
+    new = {n: _masked(state[n], m) for n, m in plan.weights.items()}
+    rows = [LayerMask(n.removesuffix(".weight"), tuple(m.shape), int(m.sum()), plan.patterns.get(n, "free")) for n, m in plan.weights.items()]
+    return _result(model, graph, new, plan, rows, [])
+
+
+def _result(model: nn.Module, graph: Graph, new: Mapping[str, Tensor], plan: Plan, rows: list[LayerMask], notes: list[str]) -> Result:
+    """A copy of the model with the tensors `new`, proven."""
+    try:
+        made = copy.deepcopy(model).eval()
+    except Exception as error:  # whatever a user's __deepcopy__ raises
+        raise CutError(f"{type(model).__name__} cannot be copied: {error}.\n  Nothing was changed. Make it copy.deepcopy-able.") from error
+    put_into(made, graph, plan.keep, new)
+    proof = proven(model, graph, plan.keep, made, new)
+    require(proof, f"{type(model).__name__}, masked")
+    if wrong := wrong_zeros(state_of(made), plan.weights):
+        raise CutError(f"{wrong[0]}.\n  Nothing was changed. This is a fault of secateur: please report the model.")
+    cost = count(model, *graph.program.example_inputs)
+    total = sum(p.numel() for p in model.parameters())
+    sizes = sum(m.numel() for m in plan.weights.values())
+    kept = sum(int(m.sum()) for m in plan.weights.values())
+    why = {**plan.why, "kept": kept, "of_weights": sizes, "of_parameters": total}
+    return Result(made, replace(plan, why=why), proof, cost, cost, graph, Cut(made, "attributes", "", [], {}, made), list(notes), model, masks=rows)
+
+
+def _everything(graph: Graph) -> dict[str, Tensor]:
+    return {n: torch.ones(g.size, dtype=torch.bool) for n, g in graph.groups.items()}
+
+
+def _with(plan: Plan, weights: Mapping[str, Tensor], chosen: Selection, pattern: Pattern) -> Plan:
+    return replace(plan, weights=weights, patterns={n: written(pattern, chosen.layers[n].transposed) for n in weights})
+
+
+def _masked(weight: Tensor, stays: Tensor) -> Tensor:
+    zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
+    return torch.where(stays.to(weight.device), weight.detach(), zero) + zero  # of -0 and 0 this makes 0
