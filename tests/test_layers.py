@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "src" / "secateur"
 
 # Lowest first. A part is a file of src/secateur or a folder.
 LAYERS = [
-    ["errors"],
+    ["errors", "figures"],
     ["axes", "plan", "pack"],
     ["trace", "pattern"],
     ["calibrate", "measure"],
@@ -22,7 +22,7 @@ LAYERS = [
     ["prune", "sparsify", "retrace", "testing"],
     ["sweep"],
     ["job"],
-    ["explore"],
+    ["explore", "layer_tables"],
     ["terminal", "cli", "demo"],
     ["__main__"],
 ]

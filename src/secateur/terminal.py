@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,22 +12,21 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from secateur.figures import number, percent, seconds, size
+from secateur.layer_tables import masks, repairs
+
 if TYPE_CHECKING:
     from secateur.explore import Sweep
     from secateur.job import Job
-    from secateur.masks import LayerMask
     from secateur.measure import Measurement
     from secateur.models.verify import Verified
     from secateur.plan import Cost
-    from secateur.repair import LayerRepair
     from secateur.trace import Graph
 
 REPAIRED = {
     "gauss_newton": "repaired by least squares, branches as a whole", "least_squares": "repaired by least squares",
     "bias": "biases corrected", "batch_norm": "BatchNorm re-estimated",
 }  # fmt: skip
-NOT_FITTED = ("plain", "bias")
-WORST = 8  # layers of a repair that are listed; all are in --json and in the report
 MOST_ROWS = 40  # of a table; the rest is counted, and in --json
 
 
@@ -74,32 +72,6 @@ def bar(title: str) -> Iterator[Any]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-# ---------------------------------------------------------------- numbers
-def number(value: float) -> str:
-    """1,234 or 1.23 M."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if abs(value) >= size:
-            return f"{value / size:.2f} {letter}"
-    return f"{value:,.0f}"
-
-
-def size(value: int) -> str:
-    """Bytes in KiB, MiB or GiB."""
-    for unit, letter in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= unit:
-            return f"{value / unit:.2f} {letter}"
-    return f"{value} B"
-
-
-def seconds(value: float) -> str:
-    """Milliseconds below one second."""
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3f} ms"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.2f} %"
-
-
 # ---------------------------------------------------------------- tables
 def job(done: Job) -> None:
     """Everything `prune` has to say."""
@@ -125,23 +97,6 @@ def job(done: Job) -> None:
         console.print(f"note: {note}", markup=False)
     if done.folder is not None:
         console.print(f"saved: {done.folder}", markup=False, soft_wrap=True)
-
-
-def masks(rows: Sequence[LayerMask], why: Mapping[str, Any]) -> Table:
-    """The layers whose masks cost most, and a summary of all."""
-    table = Table("layer", title=f"single weights by {why.get('score', '?')}: error of each layer, of its variance", title_justify="left")
-    for name in ("weights", "stay", "mask alone", "fitted"):
-        table.add_column(name, justify="right")
-    seen = any(row.rows for row in rows)
-    for row in sorted(rows, key=lambda r: -r.plain)[:WORST]:
-        errors = (f"{row.plain:.2g}", f"{row.repaired:.2g}" if row.used == "fit" else "-") if seen else ("", "")
-        table.add_row(escape(row.layer), f"{row.size:,}", percent(row.kept / row.size), *errors)
-    kept, size = sum(r.kept for r in rows), sum(r.size for r in rows)
-    said = f"{kept:,} of {size:,} weights of {len(rows)} layers stay ({percent(kept / max(1, size))}), pattern {rows[0].pattern}"
-    if dense := sum(r.dense for r in rows):
-        said += f"\n{dense:,} of them because the pattern does not divide their layer"
-    table.caption, table.caption_justify = escape(said), "left"
-    return table
 
 
 def verified(found: Verified) -> None:
@@ -203,37 +158,6 @@ def accuracies(measured: Mapping[str, float], repair: str = "batch_norm") -> Tab
     for name, value in measured.items():
         table.add_row(names.get(name, name), percent(value))
     return table
-
-
-def repairs(rows: Sequence[LayerRepair]) -> Table:
-    """The layers that a plain cut would hurt most, and what the repair made of them; a summary of all below."""
-    table = Table("layer", title="repaired from data: error of each layer, of its variance", title_justify="left")
-    for name in ("plain cut", "repaired"):
-        table.add_column(name, justify="right")
-    table.add_column("used")
-    for row in sorted(rows, key=lambda r: -r.plain)[:WORST]:
-        table.add_row(escape(row.layer), f"{row.plain:.2g}", f"{_error(row):.2g}", escape(row.used))
-    whole = [r for r in rows if r.layers > 1]
-    single = [r for r in rows if r.layers == 1] or whole
-    fits = sum(row.used not in NOT_FITTED for row in single)
-    middle = [statistics.median(values) for values in ([r.plain for r in single], [_error(r) for r in single])]
-    said = f"{fits} of {len(single)} layers fitted; median error {middle[0]:.2g} -> {middle[1]:.2g}"
-    if whole:
-        said += f"\n{sum(not r.why for r in whole)} of {len(whole)} branches fitted as a whole as well"
-    kept: dict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        if row.why or row.used in NOT_FITTED:
-            kept[row.why or row.used].append(row.layer)
-    for why, layers in kept.items():
-        shown = ", ".join(layers[:3]) + (" ..." if len(layers) > 3 else "")
-        said += f"\n{len(layers)} not fitted ({shown}): {why}"
-    table.caption, table.caption_justify = escape(said), "left"
-    return table
-
-
-def _error(row: LayerRepair) -> float:
-    """Of what was used."""
-    return {"plain": row.plain, "bias": row.bias}.get(row.used, row.repaired)
 
 
 def inspection(name: str, graph: Graph, rows: int) -> None:

@@ -28,6 +28,7 @@ def alps(p: Problem, rounds: int = ROUNDS) -> Solution:
         DataError: nothing is known of the inputs.
         PlanError: the pattern does not fit the matrix.
     """
+    p = p.without_dead()
     gram = p.gram.clone()
     mean = float(gram.diagonal().mean())
     gram.diagonal().add_(p.damp * mean if mean > 0 else 1.0)

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InputError
+from secateur.pattern import top
 
 OUTLIER = 5.0  # times the mean
 RANGE = 0.08
+LEAST = 0.1  # of the share asked for
 STEEPNESS = 0.3  # of atp: sparsity of the last layer minus that of the first, as a share of the room that there is
 
 
@@ -52,13 +54,13 @@ def uniform(weights: Weights, keep: Fraction) -> Budget:
 
 def erk(weights: Weights, keep: Fraction) -> Budget:
     """Small layers keep more: density in proportion to (sum of dimensions) / (their product), at most all."""
-    raw = {}
+    raw: dict[str, float] = {}
     for n, x in weights.items():
         product = 1
         for d in x.shape:
             product *= d
         raw[n] = sum(x.shape) / product
-    return spent({n: r * 1.0 for n, r in raw.items()}, weights, keep)
+    return spent(raw, weights, keep)
 
 
 def lamp(weights: Weights, keep: Fraction) -> Budget:
@@ -68,12 +70,8 @@ def lamp(weights: Weights, keep: Fraction) -> Budget:
         ordered = x.w.double().square().flatten().sort().values
         left = ordered.flip(0).cumsum(0).flip(0)
         scores.append(ordered / left.clamp_min(torch.finfo(torch.float64).tiny))
-    total = sum(len(s) for s in scores)
-    each = torch.cat(scores)
-    number = max(int(total * keep), 1)
-    least = each.kthvalue(total - number + 1).values
-    counts = [int((s > least).sum()) for s in scores]
-    return {n: Fraction(max(1, c), x.size) for (n, x), c in zip(weights.items(), counts, strict=True)}
+    stays = top(torch.cat(scores), int(sum(x.size for x in weights.values()) * keep)).split([x.size for x in weights.values()])
+    return {n: Fraction(max(1, int(s.sum())), x.size) for (n, x), s in zip(weights.items(), stays, strict=True)}
 
 
 def owl(weights: Weights, keep: Fraction) -> Budget:
@@ -105,8 +103,9 @@ BUDGETS: dict[str, Callable[[Weights, Fraction], Budget]] = {"uniform": uniform,
 
 
 def spent(densities: Mapping[str, float], weights: Weights, keep: Fraction) -> Budget:
-    """Densities in these proportions that keep the share `keep` of all weights; where one exceeds 1, its layer is dense and what
-    is over goes to the others."""
+    """Densities in these proportions that keep the share `keep` of all weights, none under a tenth of it; where one exceeds 1, its layer
+    is dense and what is over goes to the others."""
+    densities = {n: max(d, LEAST * float(keep)) for n, d in densities.items()}
     total = int(sum(x.size for x in weights.values()) * keep)
     dense: set[str] = set()
     scale = 0.0

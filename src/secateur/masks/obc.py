@@ -32,6 +32,7 @@ def obc(p: Problem) -> Solution:
     if n > LARGEST:
         raise PlanError(f"{p.name} has {n} inputs, and obc takes time that grows with their third power for every output: up to {LARGEST}.\n"
                         "  Use by='alps', which is about as exact.")  # fmt: skip
+    p = p.without_dead()
     z, level = damped(p.gram, p.damp, p.name, inverse)
     stays = _removed_first(p, z.double())
     a = p.gram.clone()
@@ -62,7 +63,7 @@ def _removed_first(p: Problem, z: Tensor) -> Tensor:
 
 
 def _trace(w: Tensor, z: Tensor, shape: tuple[int, int], nm: tuple[int, int] | None, may: Tensor | None) -> Tensor:
-    """What each unit costs in its turn, never less than one that went before it: (groups of rows, units). Units of an N:M
+    """What each unit costs in its turn, always more than one that went before it: (groups of rows, units). Units of an N:M
     pattern that are never removed cost infinity.
 
     Args:
@@ -78,14 +79,14 @@ def _trace(w: Tensor, z: Tensor, shape: tuple[int, int], nm: tuple[int, int] | N
     n, m = nm or (0, units)
     left = torch.full((groups, units // m), m)
     cost = torch.full((groups, units), torch.inf, dtype=torch.float64)
-    last = torch.zeros(groups, dtype=torch.float64)
+    last, more = torch.zeros(groups, dtype=torch.float64), torch.tensor(torch.inf, dtype=torch.float64)
     for _ in range(units // m * (m - n)):
         each = _costs(w, z, place, index)
         if may is not None:  # zeros that were there go first, at no cost
             each = torch.where(may, each, -1.0)
         each = torch.where(alive & (left > n).repeat_interleave(m, 1), each, torch.inf)
         unit = each.argmin(1)
-        last = torch.maximum(last, each[index, unit])
+        last = torch.maximum(torch.nextafter(last, more), each[index, unit])  # a little more, so that no two tie
         cost[index, unit] = last
         alive[index, unit] = False
         left[index, unit // m] -= 1

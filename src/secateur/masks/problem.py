@@ -57,6 +57,16 @@ class Problem:
             )
         return self.h
 
+    def without_dead(self) -> Problem:
+        """The problem with the weights of inputs that are always 0 at 0, so that they go first: nothing is lost with them, while the
+        damping of H would make them count.
+
+        Raises:
+            DataError: nothing is known of the inputs.
+        """
+        dead = self.gram.diagonal() == 0
+        return replace(self, w=torch.where(dead, torch.zeros((), dtype=self.w.dtype), self.w)) if bool(dead.any()) else self
+
     def choose(self, score: Tensor) -> Tensor:
         """The mask that keeps the highest scores among the weights that may stay: bool (rows, cols).
 
@@ -95,20 +105,17 @@ def error(w: Tensor, new: Tensor, h: Tensor) -> float:
 
 
 def damped(h: Tensor, damp: float, name: str, make: Callable[[Tensor], tuple[Tensor, bool]]) -> tuple[Tensor, float]:
-    """`make(h + damp * mean(diag h) * I)` with the smallest damping that works, raised tenfold at a time, and that damping.
-    Inputs that are always 0 count as 1 on the diagonal. `make` returns a tensor and whether it could be made.
+    """`make(h + damp * mean(diag h) * I)` with the smallest damping that works, raised tenfold at a time, and that damping. `make`
+    returns a tensor and whether it could be made.
 
     Raises:
         DataError: no damping helps.
     """
-    diagonal = h.diagonal()
-    mean = float(diagonal.mean())
-    dead = diagonal == 0
+    mean = float(h.diagonal().mean())
     for attempt in range(TRIES):
         level = damp * 10**attempt
         a = h.clone()
         a.diagonal().add_(level * mean if mean > 0 else 1.0)
-        a.diagonal()[dead] = max(mean, 1.0)
         found, fine = make(a)
         if fine and bool(torch.isfinite(found).all()):
             return found, level

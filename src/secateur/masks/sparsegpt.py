@@ -26,6 +26,7 @@ def sparsegpt(p: Problem, at_once: int = AT_ONCE) -> Solution:
         DataError: nothing is known of the inputs, or their moments cannot be inverted.
         PlanError: the pattern does not fit the matrix.
     """
+    p = p.without_dead()
     u, level = damped(p.gram, p.damp, p.name, _upper)
     w = p.w.clone()
     stays = torch.ones(w.shape, dtype=torch.bool, device=w.device)

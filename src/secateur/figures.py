@@ -1,0 +1,28 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+
+def number(value: float) -> str:
+    """1,234 or 1.23 M."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(value) >= size:
+            return f"{value / size:.2f} {letter}"
+    return f"{value:,.0f}"
+
+
+def size(value: int) -> str:
+    """Bytes in KiB, MiB or GiB."""
+    for unit, letter in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= unit:
+            return f"{value / unit:.2f} {letter}"
+    return f"{value} B"
+
+
+def seconds(value: float) -> str:
+    """Milliseconds below one second."""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3f} ms"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.2f} %"

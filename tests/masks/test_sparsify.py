@@ -1,0 +1,254 @@
+"""The whole way on small networks: exact masks, weights that make up for them, a folder that can be checked."""
+
+import copy
+import json
+from fractions import Fraction
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import secateur as sc
+from secateur.errors import DataError, FormatError, InputError, ModelError, PlanError
+from secateur.models.atomic import sha256
+from secateur.models.folder import _sealed
+from secateur.models.verify import verify
+from secateur.pattern import parse_pattern
+
+
+class Net(nn.Module):
+    """Convolutions with a shortcut, a grouped one, batch norm, and linear layers behind a pool."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.inner = nn.Conv2d(16, 16, 3, padding=1)
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=2, bias=False)
+        self.fc = nn.Linear(16, 24)
+        self.head = nn.Linear(24, 7, bias=False)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.first(x)))
+        x = x + self.grouped(torch.relu(self.inner(x)))
+        return self.head(torch.relu(self.fc(x.mean((2, 3)))))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.mid = nn.Linear(8, 8)
+        self.out = nn.Linear(8, 11, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.out(torch.relu(self.mid(self.embed(x))))
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    model = Net().eval()
+    with torch.no_grad():
+        model.norm.running_mean.uniform_(-0.2, 0.2)
+        model.norm.running_var.uniform_(0.5, 2.0)
+    return model
+
+
+def batches(n=6):
+    random = torch.Generator().manual_seed(1)
+    mix = torch.randn(3, 3, generator=random)
+    return [torch.einsum("nchw,cd->ndhw", torch.randn(16, 3, 8, 8, generator=random), mix) for _ in range(n)]
+
+
+ARGS = (batches(1)[0][:2],)
+HOWS = {
+    "free": sc.Sparse("30%"), "row": sc.Sparse("30%", "wanda", sc.Free("row")), "2:4": sc.Sparse(pattern=sc.NM(2, of=4), by="sparsegpt"),
+    "blocks": sc.Sparse("50%", pattern=sc.Block(4, 1)), "obc": sc.Sparse("40%", "obc"), "ria": sc.Sparse(0.5, "ria", budget="owl"),
+    "erk": sc.Sparse("30%", budget="erk"), "plain": sc.Sparse("30%", "sparsegpt", refit=False, corrected=False),
+    "wide blocks": sc.Sparse("50%", pattern=sc.Block(2, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOWS)
+def test_masks_are_exact_and_the_model_given_is_unchanged(net, name):
+    before = copy.deepcopy(net.state_dict())
+    result = sc.sparsify(net, ARGS, HOWS[name], batches())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    plan, state = result.plan, result.model.state_dict()
+    assert plan.weights.keys() >= {"inner.weight", "grouped.weight", "fc.weight"}
+    for key, stays in plan.weights.items():
+        assert not state[key][~stays].any() and not (torch.signbit(state[key]) & (state[key] == 0)).any()
+        assert parse_pattern(plan.patterns[key]) == HOWS[name].pattern
+    if name == "free":
+        assert {k: int(m.sum()) for k, m in plan.weights.items()} == {k: _share(net, k, Fraction(3, 10)) for k in plan.weights}
+    assert result.plan.why["kept"] == sum(int(m.sum()) for m in plan.weights.values())
+    assert sc.Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert result.proof.passed
+
+
+def _share(net, name, keep):
+    """Each group of a grouped convolution rounds down for itself."""
+    w, groups = net.get_parameter(name), 2 if name == "grouped.weight" else 1
+    return groups * int(w.numel() // groups * keep)
+
+
+def output_error(net, model):
+    x = torch.cat(batches(9)[6:])
+    with torch.no_grad():
+        return float((net(x) - model(x)).square().mean() / net(x).var())
+
+
+def test_fitting_beats_the_mask_alone_and_correction_beats_each_layer_by_itself(net):
+    errors, own = {}, sc.Sparse("30%", "sparsegpt", refit=False, corrected=False)
+    for name, how in {"mask": sc.Sparse("30%", "magnitude"), "own": own, "all": sc.Sparse("30%")}.items():
+        errors[name] = output_error(net, sc.sparsify(net, ARGS, how, None if name == "mask" else batches()).model)
+    assert errors["all"] < 0.3 * errors["own"] < 0.3 * errors["mask"]
+
+
+def test_a_plan_is_carried_out_and_then_fitted(net):
+    first = sc.sparsify(net, ARGS, sc.Sparse("30%"))
+    again = sc.mask(net, ARGS, first.plan)
+    assert all(torch.equal(a, b) for a, b in zip(first.model.state_dict().values(), again.model.state_dict().values(), strict=True))
+    before = output_error(net, again.model)
+    sc.mend(again, batches())
+    assert output_error(net, again.model) < 0.5 * before
+    assert all(not again.model.state_dict()[k][~m].any() for k, m in first.plan.weights.items())
+    assert again.plan.why["repair"] == "least_squares"
+
+
+def test_layers_left_dense_are_named(net):
+    result = sc.sparsify(net, ARGS, sc.Sparse(pattern=sc.NM(2, of=4), ignore=["fc"]), batches())
+    assert "fc.weight" not in result.plan.weights and "first.weight" not in result.plan.weights
+    assert any("first" in note and "inputs in a row" in note for note in result.notes)
+    tied = Tied().eval()
+    result = sc.sparsify(tied, (torch.tensor([[1, 2], [3, 4]]),), sc.Sparse("50%"))
+    assert list(result.plan.weights) == ["mid.weight"]
+    assert any("used in more than one place" in note for note in result.notes)
+
+
+def test_same_seed_same_bytes(net):
+    one, two = (sc.sparsify(net, ARGS, sc.Sparse("30%"), batches()).model.state_dict() for _ in range(2))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+# ------------------------------------------------------------ saved
+@pytest.fixture(scope="module", params=["free", "2:4", "blocks", "wide blocks"])
+def folder(request, net, tmp_path_factory):
+    result = sc.sparsify(net, ARGS, HOWS[request.param], batches())
+    return sc.save(result, tmp_path_factory.mktemp("masks") / "out"), result
+
+
+def rewritten(folder, change, tmp_path):
+    """The folder with other tensors, and with the hashes of those: as if it had been saved so."""
+    import shutil
+
+    new = tmp_path / "changed"
+    shutil.copytree(folder, new)
+    tensors = load_file(new / "model.safetensors")
+    change(tensors)
+    save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+    document = json.loads((new / "plan.json").read_text())
+    document.pop("sha256")
+    document["files"]["model.safetensors"] = {"bytes": (new / "model.safetensors").stat().st_size, "sha256": sha256(new / "model.safetensors")}
+    (new / "plan.json").write_text(_sealed(document))
+    return new, document
+
+
+def test_a_saved_model_is_loaded_and_verified(folder):
+    path, result = folder
+    found = verify(path)
+    assert not found.problems and found.weights == len(result.plan.weights)
+    assert found.zeros >= found.size - result.plan.why["kept"] > 0
+    loaded = sc.load(path)
+    with torch.no_grad():
+        assert torch.equal(loaded(ARGS[0]), result.model(ARGS[0]))
+
+
+def test_one_weight_too_many_is_found(folder, tmp_path):
+    path, result = folder
+    where = tuple((~result.plan.weights["inner.weight"]).nonzero()[0].tolist())
+
+    def change(tensors):
+        tensors["inner.weight"][where] = 0.5
+
+    new, _ = rewritten(path, change, tmp_path)
+    assert verify(new).problems == ("inner.weight: 1 weights that the plan removed are not zero",)
+
+
+def test_a_negative_zero_is_found(folder, tmp_path):
+    path, result = folder
+    where = tuple((~result.plan.weights["fc.weight"]).nonzero()[0].tolist())
+
+    def change(tensors):
+        tensors["fc.weight"][where] = -0.0
+
+    new, _ = rewritten(path, change, tmp_path)
+    assert verify(new).problems == ("fc.weight: 1 zeros are -0",)
+
+
+def test_an_illegal_group_is_found(folder, tmp_path):
+    path, result = folder
+    if result.plan.patterns["inner.weight"] == "free":
+        pytest.skip("every mask is legal where any weight may go")
+    new, document = rewritten(path, lambda tensors: None, tmp_path)
+    plan = sc.Plan.from_json(document["plan"])
+    stays = plan.weights["inner.weight"].clone()
+    where = tuple((~stays).nonzero()[0].tolist())
+    stays[where] = True  # one more in its group, or one alone in its block
+    document["plan"] = sc.Plan(plan.keep, plan.before, plan.after, plan.why, {**plan.weights, "inner.weight": stays}, plan.patterns).to_json()
+    (new / "plan.json").write_text(_sealed(document))
+    (problem,) = verify(new).problems
+    assert problem.startswith("inner.weight: its mask is no legal pattern")
+
+
+def test_a_changed_byte_is_found(folder, tmp_path):
+    import shutil
+
+    path, _ = folder
+    new = tmp_path / "bytes"
+    shutil.copytree(path, new)
+    raw = bytearray((new / "model.safetensors").read_bytes())
+    raw[-5] ^= 1
+    (new / "model.safetensors").write_bytes(raw)
+    with pytest.raises(FormatError, match="altered"):
+        verify(new)
+
+
+# ------------------------------------------------------------ refused
+def test_what_cannot_be_meant_is_refused(net):
+    with pytest.raises(InputError, match="does not say how much stays"):
+        sc.sparsify(net, ARGS, sc.Sparse())
+    with pytest.raises(InputError, match="120"):
+        sc.sparsify(net, ARGS, sc.Sparse("120%"))
+    with pytest.raises(InputError, match="which keeps 50 %"):
+        sc.sparsify(net, ARGS, sc.Sparse("30%", pattern=sc.NM(2, of=4)))
+    with pytest.raises(InputError, match="unknown method 'best'"):
+        sc.sparsify(net, ARGS, sc.Sparse("30%", by="best"))
+    with pytest.raises(InputError, match="unknown budget 'fair'"):
+        sc.sparsify(net, ARGS, sc.Sparse("30%", budget="fair"))
+    with pytest.raises(InputError, match="needs calibration data"):
+        sc.sparsify(net, ARGS, sc.Sparse("30%", by="alps"))
+    with pytest.raises(PlanError, match="no layer can be made sparse"):
+        sc.sparsify(net, ARGS, sc.Sparse("50%", pattern=sc.Block(64, 1)))
+    with pytest.raises(InputError, match="the budget says nothing of"):
+        sc.sparsify(net, ARGS, sc.Sparse("50%", budget={"fc.weight": Fraction(1, 2)}))
+    with pytest.raises(DataError):
+        sc.sparsify(net, ARGS, sc.Sparse("50%"), [])
+    with pytest.raises(DataError, match="NaN"):
+        sc.sparsify(net, ARGS, sc.Sparse("50%"), [torch.full((4, 3, 8, 8), float("nan"))])
+    broken = copy.deepcopy(net)
+    with torch.no_grad():
+        broken.fc.weight[0, 0] = float("inf")
+    with pytest.raises(ModelError, match=r"fc\.weight"):
+        sc.sparsify(broken, ARGS, sc.Sparse("50%"))
+
+
+def test_a_plan_of_another_model_is_refused(net):
+    plan = sc.sparsify(net, ARGS, sc.Sparse("30%")).plan
+    with pytest.raises(PlanError, match="in this model and"):
+        sc.mask(Tied().eval(), (torch.tensor([[1, 2]]),), plan)
+    with pytest.raises(PlanError, match="no single weights"):
+        sc.mask(net, ARGS, sc.Plan(plan.keep, plan.before, plan.after))
