@@ -14,6 +14,7 @@ from torch import nn
 from secateur import cli
 from secateur import score as criteria
 from secateur.budget import MACs, MeasuredTarget, Params, PeakMemory, Reading, plan
+from secateur.budget.between import between
 from secateur.errors import InputError, TargetError
 from secateur.measure import peak_bytes
 from secateur.plan import Cost, Plan
@@ -319,3 +320,60 @@ def test_the_command_line_prints_asked_and_achieved(capsys):
 def test_the_command_line_refuses_in_words(capsys, arguments, code, said):
     assert cli.main(arguments) == code
     assert said in capsys.readouterr().err
+
+
+# ------------------------------------------------------------ between two plans
+def two_kinds(fraction, units=1000):
+    """Below 0.3 a second group is nearly gone as well, and what it costs falls at once."""
+    n, m = int(fraction * units), 5 if fraction < 0.3 else 100
+    keep = {"g": torch.arange(units) < n, "h": torch.arange(100) < m}
+    return Plan(keep, Cost(WHOLE, 1, 1), Cost(WHOLE * n // units, 1, 1), {"h": m})
+
+
+def by_both(cut, rounds):
+    return 0.5 * cut.share + 0.5 * cut.h
+
+
+@dataclass(frozen=True)
+class Clock2(Clock):
+    @contextmanager
+    def beside(self, dense, args, kwargs=None):
+        yield lambda cut, rounds: Reading(1.0, by_both(cut, rounds), by_both(cut, rounds), 0.0, rounds)
+
+
+def realise_both(made):
+    cutout = realise(made)
+    cutout.h = int(made.keep["h"].sum()) / 100
+    return cutout
+
+
+def halfway(smaller, larger, t):
+    extra = (larger.keep["h"] & ~smaller.keep["h"]).nonzero()[:, 0]
+    keep = {**smaller.keep, "h": smaller.keep["h"].clone()}
+    keep["h"][extra[: round(t * len(extra))]] = True
+    return Plan(keep, smaller.before, smaller.after, smaller.why)
+
+
+@pytest.mark.parametrize("percent", [60, 45, 30, 20])
+def test_a_jump_of_the_figure_is_filled_from_the_plans_on_both_sides(percent):
+    """From 0.65 it falls to 0.17 between two fractions next to each other."""
+    alone = reach(two_kinds, realise_both, [Clock2(f"{percent}%")], nn.Identity(), ())
+    assert alone.achieved[0]["ratio"] < 0.9 * percent / 100
+    found = reach(two_kinds, realise_both, [Clock2(f"{percent}%")], nn.Identity(), (), options=Options(between=halfway))
+    assert 0.95 * percent <= 100 * found.achieved[0]["ratio"] <= percent
+    assert found.achieved[0]["rounds"] == Options.final_rounds
+
+
+def test_between_two_plans(net):
+    graph = trace(net, (torch.randn(2, 3, 8, 8),))
+    scores = criteria.score(graph, net, "l2")
+    smaller, larger = (plan(graph, scores, MACs(p)) for p in ("30%", "70%"))
+    before = smaller
+    for t in (0.0, 0.2, 0.5, 0.8, 1.0):
+        made = between(graph, smaller, larger, scores, t)
+        assert all(bool((m <= made.keep[n]).all()) for n, m in before.keep.items())  # never loses a unit again
+        assert made.after == graph.cost(made.keep)
+        extra = sum(int((m & ~smaller.keep[n]).sum()) for n, m in larger.keep.items())
+        assert sum(int(m.sum()) for m in made.keep.values()) == sum(int(m.sum()) for m in smaller.keep.values()) + round(t * extra)
+        before = made
+    assert all(torch.equal(m, larger.keep[n] | smaller.keep[n]) for n, m in made.keep.items())

@@ -23,6 +23,8 @@ from secateur.budget import MeasuredTarget, Reading
 from secateur.errors import InputError, TargetError
 from secateur.plan import Plan
 
+HALVINGS = 24  # of the way between two plans; most need no new measurement
+
 Planner = Callable[[float], Plan]
 Progress = Callable[[str], None]
 
@@ -38,6 +40,8 @@ class Options:
         steps: cuts and measurements at most.
         forms: other shapes of a plan (aligned widths), each no worse by score. They are measured beside the first plan, and
             the fastest of them, where it is no slower than the plan itself, is what the search goes on with.
+        between: `(smaller plan, larger plan, t)` -> a plan between the two, larger with t in 0..1; where what is measured jumps from far
+            below the budget to above it, the search ends between the plans on both sides of the jump.
         say: told of every step.
     """
 
@@ -47,6 +51,7 @@ class Options:
     accept: float = 0.05
     steps: int = 26
     forms: Sequence[Callable[[Plan], Plan]] = ()
+    between: Callable[[Plan, Plan, float], Plan] | None = None
     say: Progress | None = None
 
 
@@ -153,7 +158,7 @@ class _Search:
                 if not self._decided(low):
                     self.again(low)
                 elif low.share >= 1 - self.options.accept or (narrow and (top is None or self._decided(top))):
-                    return low
+                    return self._between(low, top) if top is not None and low.share < 1 - self.options.accept else low
                 elif narrow and top is not None:
                     self.again(top)  # far below the budget, and a little more misses it: is that so?
                 else:
@@ -207,6 +212,37 @@ class _Search:
             macs = plan.after.macs / max(1, plan.before.macs)
             self.options.say(f"step {len(self.trail)}: {100 * macs:.1f} % of the MACs, {shown}")
         return tried
+
+    def _between(self, low: Try, top: Try) -> Try:
+        """Bisection between two plans whose figures lie far apart; the largest that surely meets the targets. Where a single unit
+        makes the figure jump, its group is passed over and the search goes on with the others."""
+        best, larger, bottom, above = low, top.plan, 0.0, 1.0
+        under, over = low.plan, top.plan
+        for _ in range(HALVINGS if self.options.between else 0):
+            middle = (bottom + above) / 2
+            plan = self.options.between(under, larger, middle)  # type: ignore[misc]
+            if widths(plan) in (widths(best.plan), widths(over)):  # no unit lies between
+                mine = best.plan.keep
+                larger = replace(larger, keep={n: m if torch.equal(over.keep[n], mine[n]) else mine[n] for n, m in larger.keep.items()})
+                under, over, bottom, above = best.plan, larger, 0.0, 1.0
+                continue
+            tried = self._formed(plan, low.fraction, f"between, {middle:.3f}")
+            if tried.meets and tried.share > best.share:
+                best, bottom = tried, middle
+            elif tried.meets:
+                bottom = middle
+            else:
+                over, above = plan, middle
+            if best.share >= 1 - self.options.close:
+                break
+        return best
+
+    def _formed(self, plan: Plan, fraction: float, note: str) -> Try:
+        """A plan in the form that was chosen, read twice where the first reading meets the targets."""
+        plan = self.form(plan) if self.form else plan
+        tried = self.read.get(widths(plan)) or self.measure(plan, fraction, self.options.rounds, note)
+        decided = self._decided(tried) or not tried.meets
+        return tried if decided else self.measure(plan, fraction, self.options.final_rounds, "again")
 
     # ------------------------------------------------------------ the bracket
     def _tries(self) -> list[Try]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.budget import MACs, MeasuredTarget, Target
 from secateur.budget.align import align
+from secateur.budget.between import between
 from secateur.errors import TargetError
 from secateur.plan import Cost, Plan
 from secateur.reach.search import Options, reach, row, shown
@@ -50,10 +51,16 @@ def within(
         other = align(graph, plan, scores or {}, multiple)
         return other if all(getattr(other.after, t.figure) <= t.limit(dense) for t in counted) else plan
 
+    def mixed(smaller: Plan, larger: Plan, t: float) -> Plan:
+        other = between(graph, smaller, larger, scores or {}, t)
+        return other if all(getattr(other.after, x.figure) <= x.limit(dense) for x in counted) else smaller
+
     args, kwargs = graph.program.example_inputs
     options = options or Options()
     if scores is not None and not options.forms:
         options = replace(options, forms=[partial(aligned, n) for n in MULTIPLES])
+    if scores is not None and options.between is None:
+        options = replace(options, between=mixed)
     found = reach(
         lambda fraction: planner(*counted, MACs(at_most=max(1, int(fraction * dense.macs)))),
         realise, measured, model, args, kwargs, options,
