@@ -18,6 +18,7 @@ LAYERS = [
     ["repair"],
     ["masks"],
     ["models", "export", "runtime"],
+    ["stream"],
     ["recover", "report", "reach", "mend"],
     ["prune", "sparsify", "retrace", "testing"],
     ["sweep"],

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from secateur.pattern import TURNED, legal, parse_pattern
+from secateur.pattern import NM, TURNED, legal, parse_pattern
 
 
 def wrong_zeros(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> list[str]:
@@ -23,11 +23,14 @@ def wrong_zeros(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> lis
     return found
 
 
-def illegal(masks: Mapping[str, Tensor], patterns: Mapping[str, str]) -> list[str]:
-    """One sentence for every mask that does not obey its pattern. Patterns count along input channels."""
+def illegal(masks: Mapping[str, Tensor], patterns: Mapping[str, str], at_most: bool = False) -> list[str]:
+    """One sentence for every mask that does not obey its pattern. Patterns count along input channels. `at_most`: masks are those of
+    values, of which some that stay may be 0, so a block may hold zeros."""
     found = []
     for name, stays in masks.items():
         pattern = parse_pattern(patterns[name])
+        if at_most and not isinstance(pattern, NM):
+            continue
         stays = stays.t() if patterns[name].endswith(TURNED) else stays
         rows = stays.flatten(2).transpose(1, 2).reshape(len(stays), -1) if stays.dim() > 2 and pattern.unit[1] > 1 else stays.flatten(1)
         if not legal(pattern, rows):

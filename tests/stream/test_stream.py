@@ -1,0 +1,240 @@
+"""Block by block from the disk: the same as in memory, exact, resumable, and refused in words."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from secateur.errors import DataError, FormatError, InputError, ModelError
+from secateur.masks.methods import METHODS
+from secateur.masks.problem import Problem
+from secateur.pattern import NM, Block, Free, legal
+from secateur.stream import Rule, Shards, Skeleton, Stream
+from secateur.stream import run as run_module
+from secateur.stream.verify import verify_stream
+from tests.stream import nets
+
+RULE = Rule(METHODS["sparsegpt"], Free(), Fraction(1, 2), refit=False)
+QUIET = lambda stage: None  # noqa: E731
+
+
+def stream(source, out, rule=RULE, at_once=False, feeds=None):
+    return Stream(Skeleton(nets.Text, Shards.of(source)), nets.feeds() if feeds is None else feeds, rule, out, at_once, {})
+
+
+def in_memory(model, feeds, rule, at_once):
+    """The same, with the whole model and all values in memory: written down as plainly as can be."""
+    causal, hidden = [], []
+    for feed in feeds:
+        n = feed["ids"].shape[1]
+        mask = torch.ones(n, n, dtype=torch.bool).tril()
+        causal.append([mask, mask & mask.T.logical_not().logical_or(torch.eye(n).bool()).tril()])
+        hidden.append(model.embed(feed["ids"]) + model.table)
+    for i, block in enumerate(model.layers):
+        groups = [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
+        for lot in [[n for group in groups for n in group]] if at_once else groups:
+            caught = {n: [] for n in lot}
+            handles = [getattr(block, n).register_forward_pre_hook(lambda m, a, to=caught[n]: to.append(a[0].flatten(0, -2))) for n in lot]
+            for x, masks in zip(hidden, causal, strict=True):
+                block(x, masks[i % 2], scale=1.0 + i)
+            for handle in handles:
+                handle.remove()
+            for n in lot:
+                x = torch.cat(caught[n]).double()
+                layer = getattr(block, n)
+                found = rule.method.function(Problem(layer.weight.double(), x.T @ x / len(x), rule.pattern, rule.keep))
+                layer.weight.copy_(found.w)
+        hidden = [block(x, masks[i % 2], scale=1.0 + i) for x, masks in zip(hidden, causal, strict=True)]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_block_by_block_is_what_the_whole_model_in_memory_gives(tmp_path, at_once):
+    model = nets.made()
+    done = stream(nets.folder(tmp_path / "dense", model), tmp_path / "out", at_once=at_once).run(QUIET)
+    with torch.no_grad():
+        in_memory(model, nets.feeds(), RULE, at_once)
+    got = nets.loaded(tmp_path / "out").state_dict()
+    for name, wanted in model.state_dict().items():
+        assert torch.allclose(got[name], wanted, atol=2e-5), name
+    assert done.depth == done.blocks == 3 and len(done.masks) == 21
+
+
+@pytest.mark.parametrize("pattern", [Free(), NM(2, of=4), Block(4, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_are_exact_and_everything_else_is_as_it_was(tmp_path, pattern, dtype):
+    model = nets.made()
+    rule = replace(RULE, pattern=pattern, refit=True)
+    source = nets.folder(tmp_path / "dense", model, dtype)
+    stream(source, tmp_path / "out", rule).run(QUIET)
+    before, after = ({n: t for f in sorted(p.glob("*.safetensors")) for n, t in load_file(f).items()} for p in (source, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, t in after.items():
+        assert t.dtype == before[name].dtype
+        linear = name.startswith("layers") and "norm" not in name and name.endswith("weight")
+        if not linear:
+            assert torch.equal(t, before[name])
+            continue
+        assert legal(pattern, t != 0) if not isinstance(pattern, Free) else int((t != 0).sum()) == t.numel() // 2
+        assert not (torch.signbit(t) & (t == 0)).any()
+    assert verify_stream(tmp_path / "out").problems == ()
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert all((tmp_path / "out" / f).is_file() for f in index.values()) and index.keys() == before.keys()
+    assert (tmp_path / "out" / "config.json").is_file() and not list(tmp_path.glob(".out*"))
+
+
+def hashes(folder):
+    return {f.name: run_module._sha256(f) for f in sorted(folder.iterdir())}
+
+
+KILLED = """
+import os, sys, signal
+from pathlib import Path
+from secateur.stream import run
+from tests.stream.test_stream import stream
+left, write = int(sys.argv[2]), run.write
+def dying(path, tensors):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, tensors)
+run.write = dying
+stream(Path(sys.argv[1]) / "dense", Path(sys.argv[1]) / "out").run(lambda stage: None)
+"""
+
+
+def test_killed_at_any_moment_it_goes_on_and_gives_the_same_bytes(tmp_path):
+    nets.folder(tmp_path / "dense", nets.made())
+    stream(tmp_path / "dense", tmp_path / "whole").run(QUIET)
+    there = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(there)}
+    for writes in (3, 14, 9, 11):  # at the start, in the first block, in the second, in the third
+        done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(writes)], cwd=there, env=environment, capture_output=True)
+        assert done.returncode == -9, done.stderr[-500:]
+        assert not (tmp_path / "out").exists()
+    last = stream(tmp_path / "dense", tmp_path / "out").run(QUIET)
+    assert last.blocks < 3 and len(last.masks) == 21
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch):
+    nets.folder(tmp_path / "dense", nets.made())
+    stream(tmp_path / "dense", tmp_path / "whole").run(QUIET)
+    plain = run_module.write
+
+    def full(path, tensors):
+        if path.name == "block-00001.safetensors":
+            raise FormatError(f"{path} could not be written: no space left")
+        plain(path, tensors)
+
+    monkeypatch.setattr(run_module, "write", full)
+    with pytest.raises(FormatError, match="no space left"):
+        stream(tmp_path / "dense", tmp_path / "out").run(QUIET)
+    monkeypatch.setattr(run_module, "write", plain)
+    again = stream(tmp_path / "dense", tmp_path / "out").run(QUIET)
+    assert again.blocks == 2 and hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_other_settings_do_not_go_on_with_a_run(tmp_path, monkeypatch):
+    source = nets.folder(tmp_path / "dense", nets.made())
+    monkeypatch.setattr(Stream, "_finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        stream(source, tmp_path / "out").run(QUIET)
+    with pytest.raises(InputError, match="other settings"):
+        stream(source, tmp_path / "out", replace(RULE, keep=Fraction(1, 4))).run(QUIET)
+    with pytest.raises(InputError, match="other settings"):
+        stream(source, tmp_path / "out", feeds=nets.feeds(5)).run(QUIET)
+
+
+def test_an_expert_that_no_token_reaches_keeps_its_largest_weights(tmp_path, monkeypatch):
+    model = nets.made()
+    plain = nets.Block.forward
+
+    def without_gate(self, x, mask=None, *, scale=1.0):  # `gate` and `up` never run
+        return x + self.o(self.q(self.norm1(x)) + self.k(x) + self.v(x))
+
+    monkeypatch.setattr(nets.Block, "forward", without_gate)
+    done = stream(nets.folder(tmp_path / "dense", model), tmp_path / "out").run(QUIET)
+    monkeypatch.setattr(nets.Block, "forward", plain)
+    got = nets.loaded(tmp_path / "out")
+    w, new = model.layers[1].gate.weight, got.layers[1].gate.weight
+    assert int((new != 0).sum()) == w.numel() // 2 and w[new != 0].abs().min() >= w[new == 0].abs().max()
+    assert any("no calibration token reached it" in note and "gate" in note for note in done.notes)
+
+
+# ------------------------------------------------------------ refused
+def test_shards_that_are_missing_or_cut_short(tmp_path):
+    source = nets.folder(tmp_path / "dense", nets.made())
+    shard = source / "model-00002-of-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-7])
+    with pytest.raises(ModelError, match="cut short"):
+        stream(source, tmp_path / "out")
+    shard.unlink()
+    with pytest.raises(ModelError, match="is missing"):
+        stream(source, tmp_path / "out")
+    save_file({"layers.0.q.weight": torch.zeros(16, 16)}, shard)
+    with pytest.raises(ModelError, match="lacks"):
+        stream(source, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="holds no model"):
+        Shards.of(tmp_path / "empty")
+
+
+def test_weights_that_do_not_fit_or_are_not_finite(tmp_path):
+    model = nets.made()
+    with torch.no_grad():
+        model.layers[1].up.weight[2, 3] = float("nan")
+    source = nets.folder(tmp_path / "dense", model)
+    with pytest.raises(ModelError, match=r"layers\.1\.up\.weight in .* holds 1 values"):
+        stream(source, tmp_path / "out").run(QUIET)
+    with pytest.raises(ModelError, match="by its config"):
+        Stream(Skeleton(lambda: nets.Text(words=9), Shards.of(source)), nets.feeds(), RULE, tmp_path / "other", False, {}).run(QUIET)
+    with pytest.raises(ModelError, match="no list of blocks"):
+        Skeleton(lambda: torch.nn.Linear(3, 3), Shards(source, {"weight": "x", "bias": "x"}))
+    with pytest.raises(DataError, match="no sample"):
+        stream(source, tmp_path / "third", feeds=[]).run(QUIET)
+
+
+@pytest.mark.parametrize("what", ["weight", "minus", "pattern", "byte", "mark"])
+def test_what_was_changed_afterwards_is_found(tmp_path, what):
+    source = nets.folder(tmp_path / "dense", nets.made())
+    out = tmp_path / "out"
+    stream(source, out, replace(RULE, pattern=NM(2, of=4))).run(QUIET)
+    file = out / "block-00001.safetensors"
+    if what == "byte":
+        raw = bytearray(file.read_bytes())
+        raw[-3] ^= 1
+        file.write_bytes(raw)
+        assert any("altered" in p for p in verify_stream(out).problems)
+        return
+    mark = json.loads((out / "secateur.json").read_text())
+    if what == "mark":
+        mark["method"] = "magic"
+        (out / "secateur.json").write_text(json.dumps(mark))
+        with pytest.raises(FormatError, match="altered"):
+            verify_stream(out)
+        return
+    tensors = load_file(file)
+    w = tensors["layers.1.q.weight"]
+    zero = (w == 0).nonzero()[0].tolist()
+    if what == "minus":
+        w[tuple(zero)] = -0.0
+    elif what == "weight":
+        w[tuple(zero)] = 0.3
+    else:  # as many zeros as before, one of them in another group
+        other = next(c for c in range(16) if w[zero[0], c] != 0 and c // 4 != zero[1] // 4)
+        w[zero[0], zero[1]], w[zero[0], other] = 0.3, 0.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    mark["files"][file.name] = run_module._sha256(file)
+    mark.pop("sha256")
+    (out / "secateur.json").write_text(json.dumps({**mark, "sha256": run_module._digest(mark)}))
+    said = {"minus": "are -0", "weight": "zeros", "pattern": "no legal pattern"}[what]
+    assert any(said in p and "layers.1.q.weight" in p for p in verify_stream(out).problems)
