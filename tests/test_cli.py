@@ -153,7 +153,8 @@ def test_a_rewritten_graph_takes_any_batch(run, tmp_path):
     assert sc.load(tmp_path / "out")(torch.randn(7, 6)).shape == (7, 3)
 
 
-def test_an_exported_program_is_pruned_with_the_inputs_it_brings(run, tmp_path):
+def test_an_exported_program_is_pruned_with_the_inputs_it_brings(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(NETS.parent)
     import nets
 
     program = torch.export.export(nets.net(), (torch.randn(2, 1, 8, 8),), strict=False)

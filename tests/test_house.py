@@ -56,7 +56,7 @@ MORE_PARAMETERS = {
     "src/secateur/prune.py:prune": "the one call the README promises: every parameter is one choice of a stage",
     "src/secateur/cli.py:prune": "a command line's parameters are its options",
     "src/secateur/sweep.py:sweep": "what `prune` takes, for several budgets",
-    "src/secateur/cli.py:mask": "a command line's parameters are its options",
+    "src/secateur/cli_masks.py:mask": "a command line's parameters are its options",
     "src/secateur/cli.py:sweep": "a command line's parameters are its options",
     "src/secateur/cli.py:measure": "a command line's parameters are its options",
     "src/secateur/cli.py:inspect": "a command line's parameters are its options",

@@ -18,13 +18,12 @@ LAYERS = [
     ["repair"],
     ["masks"],
     ["models", "export", "runtime"],
-    ["stream"],
     ["recover", "report", "reach", "mend"],
     ["prune", "sparsify", "retrace", "testing"],
-    ["sweep"],
+    ["sweep", "stream"],
     ["job"],
     ["explore", "layer_tables"],
-    ["terminal", "cli", "demo"],
+    ["terminal", "cli", "cli_masks", "shell", "demo"],
     ["__main__"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -34,6 +33,11 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.p
 SIDEWAYS = {
     ("calibrate", "measure"): "statistics are gathered by running the model as measurements do, and leaving it as it was",
     ("cli", "terminal"): "the command line prints its tables with the terminal's functions",
+    ("cli", "cli_masks"): "its commands for single weights",
+    ("cli", "shell"): "options that commands share",
+    ("cli_masks", "shell"): "options that commands share",
+    ("cli_masks", "terminal"): "as the command line",
+    ("shell", "terminal"): "the stages of the work are shown on the terminal",
     ("cli", "demo"): "`secateur demo` is one of the commands",
     ("demo", "terminal"): "the demo prints with the terminal's functions",
 }

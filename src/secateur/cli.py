@@ -6,57 +6,48 @@ Exit codes: 0 done; 1 refused (a model, data, budget or folder that cannot be us
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from secateur import cli_masks, explore, job, terminal
 from secateur import demo as the_demo
-from secateur import explore, job, terminal
 from secateur.budget import parse, parse_points
 from secateur.errors import InputError, SecateurError
 from secateur.masks import METHODS
 from secateur.measure import measure as measured
 from secateur.measure.run import batch_of
-from secateur.models import Data, load_data, load_model
-from secateur.models.example import parse_input
-from secateur.models.verify import verify as verified
-from secateur.pattern import parse_pattern
+from secateur.models import load_model
 from secateur.report import rewrite
 from secateur.score import CRITERIA, find
-from secateur.sparsify import Sparse
+from secateur.shell import (
+    Allocation,
+    Debug,
+    Depth,
+    Ignore,
+    Inputs,
+    Json,
+    Model,
+    Repair,
+    Score,
+    Seed,
+    Source,
+    Weights,
+    command_line,
+    given_data,
+    show,
+    working,
+)
 from secateur.trace import trace
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=(
     "Pruning of PyTorch networks, structures and single weights, that proves what it did. "
     "Exit codes: 0 done, 1 refused and nothing changed, 2 wrong usage."
 ))  # fmt: skip
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=(
-    "pkg.mod:factory, file.py:factory, torchvision/NAME, timm/NAME, hf/TYPE, hf/FOLDER, FILE.pt2, or a saved folder"
-))]  # fmt: skip
-Weights = Annotated[str | None, typer.Option(help="Safetensors, or a state dict without code in it.")]
-Inputs = Annotated[list[str] | None, typer.Option("--input", help="Shape of an input, 1x3x224x224; repeatable.")]
-Source = Annotated[str | None, typer.Option("--data", metavar="DATA", help=(
-    "digits, imagefolder:DIR, npz:FILE, safetensors:FILE or pkg.mod:function"
-))]  # fmt: skip
-Ignore = Annotated[list[str] | None, typer.Option(help="Module, parameter or group that keeps its shape; repeatable.")]
-Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of random weights, random scores and the split of the data.")]
-Score = Annotated[str, typer.Option(help="A criterion; `secateur explain` lists them. auto: obs with DATA, else l2.")]
-Allocation = Annotated[str, typer.Option(help=(
-    "search, curves or sensitivity (with the score obs), global or uniform. auto: search with obs, else global."
-))]  # fmt: skip
-Repair = Annotated[str, typer.Option(help="gauss_newton, least_squares, bias, batch_norm or none. auto: gauss_newton with DATA, else none.")]
-Depth = Annotated[bool, typer.Option("--depth", help="Whole residual blocks may go too.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
 
 @app.command()
 def prune(  # noqa: PLR0913  # a command's parameters are its options
@@ -80,67 +71,18 @@ def prune(  # noqa: PLR0913  # a command's parameters are its options
 ) -> None:
     """Cut a model down to a budget, prove the cut, repair it from DATA without training, and save it."""
     targets = [parse(text) for text in at_most]
-    with _working(as_json) as say:
-        held, given = _given(data, inputs, seed)
+    with working(as_json) as say:
+        held, given = given_data(data, inputs, seed)
         say("load")
         loaded = load_model(model, weights, seed=seed)
         example = job.example_inputs(loaded, held, given)
         options = job.Options(score, allocation, repair, tuple(ignore or ()), seed, depth)
         done = job.run(loaded, example, targets, options, data=held, out=out, progress=say)
-        job.write_report(done, settings={"command": _command(context)})
+        job.write_report(done, settings={"command": command_line(context)})
     if as_json:
-        _print(done.to_json())
+        show(done.to_json())
     else:
         terminal.job(done)
-
-
-@app.command()
-def mask(  # noqa: PLR0913  # as above
-    context: typer.Context,
-    model: Model,
-    keep: Annotated[str | None, typer.Option(help="Share of the weights that stays, 10% or 0.1; an N:M pattern has its own.")] = None,
-    pattern: Annotated[str, typer.Option(help="free, free/row, 2:4 (2 kept of 4), 4x1 (blocks of 4 outputs), 4x1/row.")] = "free",
-    by: Annotated[str, typer.Option(help="magnitude, wanda, ria, sparsegpt, obc or alps. auto: alps with DATA, else magnitude.")] = "auto",
-    budget: Annotated[str, typer.Option(help="How much of each layer stays: uniform, erk, lamp, owl or atp.")] = "uniform",
-    refit: Annotated[bool, typer.Option(help="Fit the weights that stay, from DATA.")] = True,
-    data: Source = None,
-    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the result.")] = None,
-    ignore: Ignore = None,
-    seed: Seed = 0,
-    weights: Weights = None,
-    inputs: Inputs = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Make single weights zero, in a pattern, fit those that stay from DATA without training, and save the model."""
-    how = Sparse(keep, by, parse_pattern(pattern), budget, refit, ignore=tuple(ignore or ()), seed=seed)
-    with _working(as_json) as say:
-        held, given = _given(data, inputs, seed)
-        say("load")
-        loaded = load_model(model, weights, seed=seed)
-        example = job.example_inputs(loaded, held, given)
-        done = job.masked(loaded, example, how, data=held, out=out, progress=say)
-        job.write_report(done, settings={"command": _command(context)})
-    if as_json:
-        _print(done.to_json())
-    else:
-        terminal.job(done)
-
-
-@app.command()
-def verify(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", show_default=False, help="What `mask -o` or `prune -o` wrote.")],
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Check a saved model: hashes of its files, exactly the zeros of its plan, legal patterns, no -0."""
-    found = verified(folder)
-    if as_json:
-        _print(found.to_json())
-    else:
-        terminal.verified(found)
-    if found.problems:
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -167,16 +109,16 @@ def sweep(  # noqa: PLR0913  # as above
 ) -> None:
     """Prune to several budgets with one set of statistics, and show what each costs in quality."""
     points = parse_points(at_most)
-    with _working(as_json) as say:
-        held, given = _given(data, inputs, seed)
+    with working(as_json) as say:
+        held, given = given_data(data, inputs, seed)
         say("load")
         loaded = load_model(model, weights, seed=seed)
         example = job.example_inputs(loaded, held, given)
         options = job.Options(score, allocation, repair, tuple(ignore or ()), seed, depth)
-        around = explore.Around(held, out, resume, latency, _command(context))
+        around = explore.Around(held, out, resume, latency, command_line(context))
         done = explore.run(loaded, example, points, options, around, say)
     if as_json:
-        _print(done.to_json())
+        show(done.to_json())
     else:
         terminal.sweep(done)
 
@@ -196,8 +138,8 @@ def inspect(  # noqa: PLR0913  # as above
     debug: Debug = False,
 ) -> None:
     """Show which units can be cut together, what is frozen and why, and what each unit costs."""
-    with _working(as_json) as say:
-        held, given = _given(data, inputs, seed)
+    with working(as_json) as say:
+        held, given = given_data(data, inputs, seed)
         say("load")
         loaded = load_model(model, weights, seed=seed)
         args, kwargs = job.example_inputs(loaded, held, given)
@@ -211,9 +153,9 @@ def inspect(  # noqa: PLR0913  # as above
         **({"sensitivity": curves} if sensitivity else {}),
     }  # fmt: skip
     if out is not None:
-        explore.write_inspection(out, graph, facts, {"command": _command(context), "seed": seed, "data": data})
+        explore.write_inspection(out, graph, facts, {"command": command_line(context), "seed": seed, "data": data})
     if as_json:
-        _print(facts)
+        show(facts)
     else:
         terminal.inspection(model, graph, rows)
         if sensitivity:
@@ -236,15 +178,15 @@ def measure(  # noqa: PLR0913  # as above
     debug: Debug = False,
 ) -> None:
     """Count MACs, parameters and bytes; measure peak memory and latency, one batch as the inputs say."""
-    with _working(as_json) as say:
-        held, given = _given(data, inputs, 0)
+    with working(as_json) as say:
+        held, given = given_data(data, inputs, 0)
         say("load")
         loaded = load_model(model, weights, factory=factory)
         args, kwargs = job.example_inputs(loaded, held, given)
         say("measure")
         found = measured(loaded.model, args, kwargs, threads=threads, rounds=rounds, runtime=runtime)
     if as_json:
-        _print({"model": model, **found.to_json()})
+        show({"model": model, **found.to_json()})
     else:
         terminal.measurement(model, found)
 
@@ -259,7 +201,7 @@ def demo(
     """Train a small network on real digits, halve its MACs, repair it without training, and show what that did."""
     facts = the_demo.run(out, seed=seed, quiet=as_json)
     if as_json:
-        _print(facts)
+        show(facts)
 
 
 @app.command()
@@ -272,11 +214,6 @@ def report(
     terminal.out().print(f"written: {page}", markup=False, soft_wrap=True)
 
 
-def _command(context: typer.Context) -> str:
-    """The line that was typed, as a shell takes it."""
-    return shlex.join(["secateur", *(context.obj or ())])
-
-
 @app.command()
 def explain(
     name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False, help="A criterion; without it, a table of all.")] = None,
@@ -287,36 +224,20 @@ def explain(
     if name:
         found = find(name) if name in CRITERIA or name not in METHODS else METHODS[name]
         if as_json:
-            _print(found.facts())
+            show(found.facts())
         else:
             terminal.criterion(found.facts())
         return
     criteria, methods = ([each.facts() for each in table] for table in (CRITERIA.values(), METHODS.values()))
     if as_json:
-        _print({"criteria": criteria, "methods": methods})
+        show({"criteria": criteria, "methods": methods})
     else:
         terminal.criteria(criteria)
         terminal.criteria(methods, "methods for single weights (`secateur mask --by`): what scores lowest becomes zero")
 
 
-def _given(data: str | None, inputs: Sequence[str] | None, seed: int) -> tuple[Data | None, list[Any]]:
-    return (load_data(data, seed=seed) if data else None), [parse_input(text) for text in inputs or ()]
-
-
-@contextmanager
-def _working(as_json: bool) -> Iterator[Any]:
-    """The stages of the work. With --json standard output holds one document: what a user's code prints goes to
-    standard error."""
-    with terminal.stages() as say:
-        if not as_json:
-            yield say
-            return
-        with redirect_stdout(sys.stderr):
-            yield say
-
-
-def _print(facts: dict[str, Any]) -> None:
-    print(json.dumps(facts, indent=1, default=str))
+app.command()(cli_masks.mask)
+app.command()(cli_masks.verify)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,6 +23,8 @@ from secateur.repair import FITTED, batch_norm_statistics
 from secateur.repair.chunks import ROWS
 from secateur.retrace import with_inputs
 from secateur.sparsify import Sparse, sparsify
+from secateur.stream import Streamed
+from secateur.stream.hf import calibration, mask_folder
 
 Progress = Callable[[str], None]
 
@@ -144,6 +146,24 @@ def masked(
         say("save")
         folder = save(result, out)
     return Job(loaded.name, result, batch_of(args, kwargs), measured, folder)
+
+
+def streamed(name: str, how: Sparse, given: tuple[str | None, int, int, bool], out: str | Path | None, progress: Progress) -> Streamed:
+    """A Hugging Face folder made sparse block by block. `given`: what `--data` says, windows, tokens of each, one pass for each block.
+
+    Raises:
+        InputError: no folder of Hugging Face, no data, or no place for the result. And whatever `mask_folder` raises.
+    """
+    data, samples, length, at_once = given
+    if not name.startswith("hf/"):
+        raise InputError(f"--stream reads the shards of hf/FOLDER, and the model is {name!r}.\n  Leave --stream out.")
+    if data is None or out is None:
+        raise InputError("--stream needs text to calibrate with and a folder for the result.\n  Add --data text:FILE and -o FOLDER.")
+    folder = Path(name.removeprefix("hf/"))
+    progress("tokens")
+    tokens, notes = calibration(data, folder, samples, length, how.seed)
+    found = mask_folder(folder, out, how, tokens, at_once=at_once, progress=progress)
+    return replace(found, notes=[*notes, *found.notes])
 
 
 def settled(options: Options, data: Data | None) -> Options:

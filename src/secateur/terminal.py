@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from secateur.measure import Measurement
     from secateur.models.verify import Verified
     from secateur.plan import Cost
+    from secateur.stream import Streamed
     from secateur.trace import Graph
 
 REPAIRED = {
@@ -97,6 +98,17 @@ def job(done: Job) -> None:
         console.print(f"note: {note}", markup=False)
     if done.folder is not None:
         console.print(f"saved: {done.folder}", markup=False, soft_wrap=True)
+
+
+def streamed(done: Streamed, by: str) -> None:
+    """What became of a model that was made sparse block by block."""
+    console = out()
+    console.print(masks(done.masks, {"score": "sparsegpt" if by == "auto" else by}))
+    if done.blocks < done.depth:
+        console.print(f"{done.depth - done.blocks} of {done.depth} blocks were there from a run before")
+    for note in done.notes:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"saved: {done.folder}", markup=False, soft_wrap=True)
 
 
 def verified(found: Verified) -> None:

@@ -153,20 +153,38 @@ def test_other_settings_do_not_go_on_with_a_run(tmp_path, monkeypatch):
         stream(source, tmp_path / "out", feeds=nets.feeds(5)).run(QUIET)
 
 
-def test_an_expert_that_no_token_reaches_keeps_its_largest_weights(tmp_path, monkeypatch):
-    model = nets.made()
-    plain = nets.Block.forward
+class Experts(nets.Block):
+    """Two experts in the place of the MLP, of which only the first ever runs; and a layer whose weight is used without it."""
 
-    def without_gate(self, x, mask=None, *, scale=1.0):  # `gate` and `up` never run
-        return x + self.o(self.q(self.norm1(x)) + self.k(x) + self.v(x))
+    def __init__(self, d=16):
+        super().__init__(d)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(d, d) for _ in range(2))
+        self.bare = torch.nn.Linear(d, d)
 
-    monkeypatch.setattr(nets.Block, "forward", without_gate)
-    done = stream(nets.folder(tmp_path / "dense", model), tmp_path / "out").run(QUIET)
-    monkeypatch.setattr(nets.Block, "forward", plain)
-    got = nets.loaded(tmp_path / "out")
-    w, new = model.layers[1].gate.weight, got.layers[1].gate.weight
+    def forward(self, x, mask=None, *, scale=1.0):
+        return torch.nn.functional.linear(x + self.experts[0](self.norm1(x)), self.bare.weight)
+
+
+def text_of_experts():
+    torch.manual_seed(0)
+    model = nets.Text().eval()
+    model.layers = torch.nn.ModuleList(Experts() for _ in range(2))
+    return model
+
+
+def test_experts_without_tokens_and_layers_that_never_run(tmp_path):
+    model = text_of_experts()
+    source = nets.folder(tmp_path / "dense", model)
+    done = Stream(Skeleton(text_of_experts, Shards.of(source)), nets.feeds(), RULE, tmp_path / "out", False, {}).run(QUIET)
+    got = {n: t for f in sorted((tmp_path / "out").glob("*.safetensors")) for n, t in load_file(f).items()}
+    w, new = model.layers[1].experts[1].weight, got["layers.1.experts.1.weight"]
     assert int((new != 0).sum()) == w.numel() // 2 and w[new != 0].abs().min() >= w[new == 0].abs().max()
-    assert any("no calibration token reached it" in note and "gate" in note for note in done.notes)
+    assert torch.equal(got["layers.1.bare.weight"], model.layers[1].bare.weight)
+    counts = {row.layer: row.rows for row in done.masks}
+    assert counts["layers.0.experts.0"] == 120 and counts["layers.0.experts.1"] == 0
+    assert any("no calibration token reached it" in note and "experts.1" in note for note in done.notes)
+    assert {row.layer for row in done.masks if "never runs as a layer" in row.why} >= {"layers.0.bare", "layers.1.bare", "layers.1.q"}
+    assert verify_stream(tmp_path / "out").problems == ()
 
 
 # ------------------------------------------------------------ refused

@@ -26,12 +26,11 @@ _SMALL: dict[str, Any] = {
 _TOKEN_LENGTH, _WAVE_LENGTH = 12, 2000
 
 
-def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """(model, keyword inputs) of a local folder with config.json, or of a model type such as `llama` or `vit`.
+def import_transformers() -> Any:
+    """transformers, ready for use.
 
-    A folder's safetensors are loaded where it has them; a type's weights are random. No network is used.
-
-    Raises ModelError: transformers is not installed, or there is no such folder or type.
+    Raises:
+        ModelError: it is not installed.
     """
     try:
         import transformers
@@ -40,7 +39,17 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
                          "  Install it: pip install transformers") from error  # fmt: skip
     if transformers.utils.is_torchvision_available():
         import_torchvision()  # transformers imports it too, and fails where its compiled operators do
-    folder = Path(name)
+    return transformers
+
+
+def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """(model, keyword inputs) of a local folder with config.json, or of a model type such as `llama` or `vit`.
+
+    A folder's safetensors are loaded where it has them; a type's weights are random. No network is used.
+
+    Raises ModelError: transformers is not installed, or there is no such folder or type.
+    """
+    transformers, folder = import_transformers(), Path(name)
     if (folder / "config.json").is_file():
         config, model = _from_folder(transformers, folder)
     elif folder.is_dir() or "/" in name:

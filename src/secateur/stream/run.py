@@ -27,6 +27,7 @@ from secateur.pattern import written
 from secateur.stream.block import Rule, grams, in_order, linears, matrix, oriented, solve
 from secateur.stream.shards import INDEX, pieces, write, write_text
 from secateur.stream.skeleton import Skeleton, block_calls, put
+from secateur.trace.tracer import prefixes
 
 MARK, PROGRESS = "secateur.json", "progress.json"
 FORMAT = "secateur-stream/1"
@@ -169,6 +170,8 @@ class Stream:
                 module, name = layers[n], f"{path}.{n}"
                 weight = oriented(module, stored[key])
                 why = self.rule.why_not(weight)
+                if not tokens and not any(isinstance(block.get_submodule(p), nn.ModuleList) for p in prefixes(n)[:-1]):
+                    why = "it never runs as a layer, so nothing is known of what it takes in"
                 if why:
                     rows.append(LayerMask(name, matrix(weight), weight.numel(), str(self.rule.pattern), tokens, dense=weight.numel(), why=why))
                     continue

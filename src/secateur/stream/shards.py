@@ -61,7 +61,10 @@ class Shards:
         by_file: dict[str, list[str]] = {}
         for n in names:
             if n not in self.files:
-                raise ModelError(f"{self.folder} has no tensor {n!r}.\n  Its weights do not belong to its config.json.")
+                raise ModelError(
+                    f"{self.folder} has no tensor {n!r}: its weights do not belong to its config.json, or its class joins tensors (experts) "
+                    "as it loads them.\n  Where the model loads otherwise, leave --stream out."
+                )
             by_file.setdefault(self.files[n], []).append(n)
         for file, some in by_file.items():
             with safe_open(self.folder / file, "pt") as held:

@@ -1,0 +1,90 @@
+"""The commands for single weights: `secateur mask` and `secateur verify`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from secateur import job, terminal
+from secateur.models import load_model
+from secateur.models.verify import verify as verified
+from secateur.pattern import parse_pattern
+from secateur.shell import (
+    Debug,
+    Ignore,
+    Inputs,
+    Json,
+    Model,
+    Seed,
+    Source,
+    Weights,
+    command_line,
+    given_data,
+    show,
+    working,
+)
+from secateur.sparsify import Sparse
+from secateur.stream.verify import is_stream, verify_stream
+
+
+def mask(  # noqa: PLR0913  # as above
+    context: typer.Context,
+    model: Model,
+    keep: Annotated[str | None, typer.Option(help="Share of the weights that stays, 10% or 0.1; an N:M pattern has its own.")] = None,
+    pattern: Annotated[str, typer.Option(help="free, free/row, 2:4 (2 kept of 4), 4x1 (blocks of 4 outputs), 4x1/row.")] = "free",
+    by: Annotated[str, typer.Option(help="magnitude, wanda, ria, sparsegpt, obc or alps. auto: alps with DATA, else magnitude.")] = "auto",
+    budget: Annotated[str, typer.Option(help="How much of each layer stays: uniform, erk, lamp, owl or atp.")] = "uniform",
+    refit: Annotated[bool, typer.Option(help="Fit the weights that stay, from DATA.")] = True,
+    stream: Annotated[bool, typer.Option("--stream", help=(
+        "Of hf/FOLDER: block by block from shards to shards, in the memory of about one block; goes on after a kill."
+    ))] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of text at most.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    at_once: Annotated[bool, typer.Option("--at-once", help="With --stream: one pass for each block; quicker, a little less exact.")] = False,
+    data: Source = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the result.")] = None,
+    ignore: Ignore = None,
+    seed: Seed = 0,
+    weights: Weights = None,
+    inputs: Inputs = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make single weights zero, in a pattern, fit those that stay from DATA without training, and save the model."""
+    how = Sparse(keep, by, parse_pattern(pattern), budget, refit, ignore=tuple(ignore or ()), seed=seed)
+    how.share()  # what cannot be meant is said before anything is loaded
+    if stream:
+        with working(as_json) as say:
+            streamed = job.streamed(model, how, (data, samples, length, at_once), out, say)
+        if as_json:
+            show(streamed.to_json())
+        else:
+            terminal.streamed(streamed, how.by)
+        return
+    with working(as_json) as say:
+        held, given = given_data(data, inputs, seed)
+        say("load")
+        loaded = load_model(model, weights, seed=seed)
+        example = job.example_inputs(loaded, held, given)
+        done = job.masked(loaded, example, how, data=held, out=out, progress=say)
+        job.write_report(done, settings={"command": command_line(context)})
+    if as_json:
+        show(done.to_json())
+    else:
+        terminal.job(done)
+
+
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", show_default=False, help="What `mask -o` or `prune -o` wrote.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a saved model: hashes of its files, exactly the zeros of its plan, legal patterns, no -0."""
+    found = verify_stream(folder) if is_stream(folder) else verified(folder)
+    if as_json:
+        show(found.to_json())
+    else:
+        terminal.verified(found)
+    if found.problems:
+        raise typer.Exit(1)

@@ -1,0 +1,96 @@
+"""`secateur mask` and `secateur verify`, as they are typed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur import cli
+
+NETS = Path(__file__).parents[1] / "models" / "nets.py"
+NET = f"{NETS}:net"
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, code=0):
+        assert cli.main([str(a) for a in arguments]) == code
+        out, err = capsys.readouterr()
+        return err if code else out
+
+    return run
+
+
+def test_masked_saved_and_verified(run, tmp_path):
+    text = run("mask", NET, "--keep", "25%", "--data", "digits", "-o", tmp_path / "out")
+    assert "weights of" in text and "stay (" in text and "single weights by alps" in text and "accuracy on the test rows" in text
+    assert "nothing is wrong" in run("verify", tmp_path / "out")
+    found = json.loads(run("verify", tmp_path / "out", "--json"))
+    assert found["problems"] == [] and found["zeros"] >= 0.74 * found["size"] > 0
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_without_data_the_largest_weights_stay(run):
+    facts = json.loads(run("mask", NET, "--keep", "0.5", "--pattern", "free/row", "--input", "2x1x8x8", "--json"))
+    assert facts["why"]["score"] == "magnitude" and facts["why"]["pattern"] == "free/row"
+    assert facts["why"]["kept"] == sum(row["kept"] for row in facts["masks"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--keep", "120%"], 2, "above 0 and below 100 %"),
+        (["--pattern", "4:2"], 2, "0 < N < M"),
+        (["--pattern", "2:4", "--keep", "30%"], 2, "which keeps 50 %"),
+        ([], 2, "does not say how much stays"),
+        (["--keep", "10%", "--by", "best", "--input", "1x1x8x8"], 2, "unknown method 'best'"),
+        (["--keep", "10%", "--by", "alps", "--input", "1x1x8x8"], 2, "needs calibration data"),
+        (["--keep", "10%", "--stream"], 2, "reads the shards of hf/FOLDER"),
+    ],
+)
+def test_refused_in_words(run, arguments, code, said):
+    assert said in run("mask", NET, *arguments, code=code)
+
+
+def test_verify_says_what_is_wrong_and_fails(run, tmp_path):
+    run("mask", NET, "--keep", "25%", "--input", "2x1x8x8", "-o", tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert "was altered" in run("verify", tmp_path / "out", code=1)
+
+
+def test_a_folder_of_hugging_face_is_streamed(run, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from safetensors.torch import save_file
+
+    from secateur.models.hf import import_transformers
+
+    transformers = import_transformers()
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dense = transformers.LlamaForCausalLM(config).eval()
+    dense.save_pretrained(tmp_path / "dense", max_shard_size="10KB")
+    ids = torch.randint(0, 40, (9, 24))
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+    command = ["mask", "hf/dense", "--pattern", "2:4", "--by", "alps", "--data", "safetensors:ids.safetensors", "--samples", "8", "--stream"]
+    text = run(*command, "-o", "out")
+    assert "14 layers stay (50.00 %)" in " ".join(text.split())
+    assert "nothing is wrong" in run("verify", "out")
+    sparse = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        apart = (sparse(ids).logits - dense(ids).logits).square().mean() / dense(ids).logits.var()
+    assert 0 < apart < 0.2
+    assert "is there already" in run(*command, "-o", "out", code=2)
+    assert "holds no tokenizer" in run(*command[:6], "--data", f"text:{NETS}", "--stream", "-o", "other", code=1)
+    save_file({"input_ids": ids + 20}, tmp_path / "ids.safetensors")
+    assert "knows 40" in run(*command, "-o", "other", code=1)
+    save_file({"input_ids": ids[0, :5]}, tmp_path / "ids.safetensors")
+    assert "there are 5 tokens, and one window has 2048" in run(*command, "-o", "other", code=1)
