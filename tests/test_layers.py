@@ -20,6 +20,7 @@ LAYERS = [
     ["models", "export", "runtime"],
     ["recover", "report", "reach", "mend"],
     ["prune", "sparsify", "retrace", "testing"],
+    ["recipes"],
     ["sweep", "stream"],
     ["job"],
     ["explore", "layer_tables"],

@@ -17,6 +17,8 @@ from secateur.budget import Params as Params
 from secateur.budget import PeakMemory as PeakMemory
 from secateur.budget import plan as plan
 from secateur.errors import SecateurError as SecateurError
+from secateur.masks.hold import hold as hold
+from secateur.masks.hold import merge_low_rank as merge_low_rank
 from secateur.measure import measure as measure
 from secateur.measure.proof import Proof as Proof
 from secateur.measure.proof import prove as prove
@@ -28,6 +30,11 @@ from secateur.pattern import Block as Block
 from secateur.pattern import Free as Free
 from secateur.prune import Result as Result
 from secateur.prune import prune as prune
+from secateur.recipes import alps as alps
+from secateur.recipes import magnitude as magnitude
+from secateur.recipes import obc as obc
+from secateur.recipes import sparsegpt as sparsegpt
+from secateur.recipes import wanda as wanda
 from secateur.sparsify import Sparse as Sparse
 from secateur.sparsify import mask as mask
 from secateur.sparsify import sparsify as sparsify
@@ -57,19 +64,26 @@ __all__ = [
     "Result",
     "SecateurError",
     "Sparse",
+    "alps",
     "cut",
     "errors",
+    "hold",
     "load",
+    "magnitude",
     "mask",
     "measure",
     "mend",
+    "merge_low_rank",
+    "obc",
     "parts",
     "plan",
     "prove",
     "prune",
     "save",
     "score",
+    "sparsegpt",
     "sparsify",
     "sweep",
     "trace",
+    "wanda",
 ]
