@@ -68,6 +68,27 @@ def no_training(folder: Path) -> Rows:
             )
 
 
+def masks(folder: Path) -> Rows:
+    """benchmarks/results/masks/TASK.jsonl: single weights, the default beside SparseGPT and magnitude."""
+    for path in sorted(folder.glob("*.jsonl")):
+        rows = [row for line in path.read_text().splitlines() if "error" not in (row := json.loads(line))]
+        metric = next(m for m in ("top1", "perplexity") if m in rows[0])
+        for point in dict.fromkeys(row["ratio"] for row in rows if row["method"] == "alps, ours"):
+            by_method: dict[str, list[float]] = {}
+            for row in rows:
+                if row["ratio"] == point:
+                    by_method.setdefault(row["method"], []).append(row[metric])
+            ours = by_method["alps, ours"]
+            spread = f" ± {statistics.stdev(ours):.2f}" if len(ours) > 1 else ""
+            others = [m for m in ("sparsegpt", "sparsegpt + BN", "magnitude + BN", "magnitude") if m in by_method]
+            beside = [f"{m} {statistics.fmean(by_method[m]):.2f}" for m in others]
+            seeds = f"{len(ours)} seed{'s' if len(ours) > 1 else ''}"
+            yield (
+                f"no training, {path.stem}, single weights, {point} ({metric}, {seeds})",
+                f"**{statistics.fmean(ours):.2f}{spread}** ({', '.join(beside)})",
+            )
+
+
 def speed(data: dict[str, Any]) -> Rows:
     """benchmarks/results/speed.json: seconds to trace, plan and cut."""
     for row in data["side_by_side"]:
@@ -99,6 +120,8 @@ def table(folder: Path) -> str:
             lines += [f"| {what} | {figure} | {source} |" for what, figure in rows(data)]
     source = "[`python -m benchmarks.no_training`](benchmarks/results/no_training.md)"
     lines += [f"| {what} | {figure} | {source} |" for what, figure in no_training(folder / "no_training")]
+    source = "[`python -m benchmarks.masks`](benchmarks/results/masks.md)"
+    lines += [f"| {what} | {figure} | {source} |" for what, figure in masks(folder / "masks")]
     return "\n".join(lines) if len(lines) > 2 else "No results have been committed yet."
 
 

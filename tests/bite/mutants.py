@@ -31,6 +31,10 @@ FIT = "tests/repair/test_fit.py"
 TARGET = "tests/repair/test_target.py"
 FLOW = "tests/repair/test_flow.py"
 REPAIR = "tests/repair/test_repair.py"
+PATTERN = "tests/masks/test_pattern.py"
+METHODS = "tests/masks/test_methods.py"
+SPARSIFY = "tests/masks/test_sparsify.py"
+STREAM = "tests/stream/test_stream.py"
 GAUSS_NEWTON = "tests/repair/test_gauss_newton.py"
 
 MUTANTS: list[Mutant] = [
@@ -292,5 +296,103 @@ MUTANTS: list[Mutant] = [
         "                self.values[chunk][node] = values[node]\n",
         "                self.values[chunk][node] = values[node] * 1.01\n",
         (f"{GAUSS_NEWTON}::test_the_flow_goes_on_with_the_new_weights",),
+    ),
+    Mutant(
+        "N:M keeps one weight more in each group",
+        "secateur/pattern.py",
+        "top(groups, pattern.n)",
+        "top(groups, pattern.n + 1)",
+        (f"{PATTERN}::test_a_mask_is_exact_legal_and_whole_where_nothing_divides",),
+    ),
+    Mutant(
+        "of equal scores the last stay",
+        "secateur/pattern.py",
+        "equal.nonzero()[: int(missing), 0]",
+        "equal.nonzero().flip(0)[: int(missing), 0]",
+        (f"{PATTERN}::test_top_is_the_first_of_a_stable_sort",),
+    ),
+    Mutant(
+        "SparseGPT does not pass errors on to later columns of its set",
+        "secateur/masks/sparsegpt.py",
+        "now[:, j:] -= gone[:, None] * part[j, j:]",
+        "now[:, j] = torch.where(mask[:, j], now[:, j], 0.0)",
+        (f"{METHODS}::test_sparsegpt_is_column_by_column_elimination",),
+    ),
+    Mutant(
+        "OBC does not take a removed weight out of the inverse",
+        "secateur/masks/obc.py",
+        "    z.baddbmm_(rows.mT, across, alpha=-1)\n",
+        "",
+        (f"{METHODS}::test_obc_removes_what_a_search_over_all_would",),
+    ),
+    Mutant(
+        "a refit forgets the mask in its residual",
+        "secateur/masks/refit.py",
+        "hd = torch.where(stays, d @ h, zero)",
+        "hd = d @ h",
+        (f"{METHODS}::test_refit_is_least_squares_on_the_support",),
+    ),
+    Mutant(
+        "the damping makes dead inputs count",
+        "secateur/masks/sparsegpt.py",
+        "    p = p.without_dead()\n",
+        "",
+        (f"{METHODS}::test_weights_of_inputs_that_are_always_zero_go_first",),
+    ),
+    Mutant(
+        "ADMM forgets its multiplier",
+        "secateur/masks/alps.py",
+        "        v = v + rho * (b - d)\n",
+        "",
+        (f"{METHODS}::test_golden_errors",),
+    ),
+    Mutant(
+        "masks of a convolution are told in another order than its weights",
+        "secateur/masks/network.py",
+        "new[:, back], found.stays[:, back]",
+        "new[:, back], found.stays[:, order]",
+        (f"{SPARSIFY}::test_masks_are_exact_and_the_model_given_is_unchanged", f"{SPARSIFY}::test_a_saved_model_is_loaded_and_verified"),
+    ),
+    Mutant(
+        "a weight that the mask removed is not looked for",
+        "secateur/masks/exact.py",
+        "w[~stays.to(w.device)] != 0",
+        "w[stays.to(w.device)] != w[stays.to(w.device)]",
+        (f"{SPARSIFY}::test_one_weight_too_many_is_found",),
+    ),
+    Mutant(
+        "momentum of removed weights is let grow",
+        "secateur/masks/hold.py",
+        "            p.grad.masked_fill_(~mask_of(model, name), 0)\n",
+        "            pass\n",
+        ("tests/masks/test_hold.py::test_zeros_stay_zero_and_the_others_learn",),
+    ),
+    Mutant(
+        "every block is called as the first one is",
+        "secateur/stream/run.py",
+        '.read_text())[index] for i',
+        '.read_text())[0] for i',
+        (f"{STREAM}::test_block_by_block_is_what_the_whole_model_in_memory_gives",),
+    ),
+    Mutant(
+        "the next block is given what the dense block gave",
+        "secateur/stream/run.py",
+        '                put(module, "weight", stored[key].float())\n',
+        "",
+        (f"{STREAM}::test_block_by_block_is_what_the_whole_model_in_memory_gives",),
+    ),
+    Mutant(
+        "progress is told before the shard is written",
+        "secateur/stream/run.py",
+        "        write(shard, stored)\n        self.done.append",
+        "        self.done.append",
+        (f"{STREAM}::test_killed_at_any_moment_it_goes_on_and_gives_the_same_bytes",),
+    ),
+    Mutant(
+        "a plan between two adds the worst units first",
+        "secateur/budget/between.py",
+        "torch.argsort(worth[n][units], descending=True, stable=True)",
+        "torch.randperm(len(units))",
+        ("tests/test_reach.py::test_between_two_plans",),
     ),
 ]
