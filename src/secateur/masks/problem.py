@@ -104,20 +104,19 @@ def error(w: Tensor, new: Tensor, h: Tensor) -> float:
     return float(((d @ h) * d).sum()) / whole if whole > 0 else 0.0
 
 
-def damped(h: Tensor, damp: float, name: str, make: Callable[[Tensor], tuple[Tensor, bool]]) -> tuple[Tensor, float]:
+def damped(h: Tensor, damp: float, name: str, make: Callable[[Tensor], Tensor | None]) -> tuple[Tensor, float]:
     """`make(h + damp * mean(diag h) * I)` with the smallest damping that works, raised tenfold at a time, and that damping. `make`
-    returns a tensor and whether it could be made.
+    returns None where it cannot be made.
 
     Raises:
         DataError: no damping helps.
     """
     mean = float(h.diagonal().mean())
+    level = damp
     for attempt in range(TRIES):
         level = damp * 10**attempt
-        a = h.clone()
-        a.diagonal().add_(level * mean if mean > 0 else 1.0)
-        found, fine = make(a)
-        if fine and bool(torch.isfinite(found).all()):
+        found = make(_raised(h, level * mean if mean > 0 else 1.0))
+        if found is not None and bool(torch.isfinite(found).all()):
             return found, level
     raise DataError(
         f"{name}: no damping up to {level:.0e} of the mean makes the {len(h)} x {len(h)} moments of its inputs invertible.\n"
@@ -125,9 +124,15 @@ def damped(h: Tensor, damp: float, name: str, make: Callable[[Tensor], tuple[Ten
     )
 
 
-def inverse(a: Tensor) -> tuple[Tensor, bool]:
-    """The inverse of a positive definite matrix, and whether it is one."""
+def _raised(h: Tensor, by: float) -> Tensor:
+    """h + by * I; a matrix that only the caller holds, because there may be no room for one more."""
+    h = h.clone()
+    h.diagonal().add_(by)
+    return h
+
+
+def inverse(a: Tensor) -> Tensor | None:
+    """The inverse of a positive definite matrix; None where it is none."""
     lower, info = torch.linalg.cholesky_ex(a)
-    if int(info):
-        return a, False
-    return torch.cholesky_inverse(lower), True
+    del a
+    return None if int(info) else torch.cholesky_inverse(lower)

@@ -59,10 +59,11 @@ def _decide(p: Problem, w: Tensor, stays: Tensor, cols: slice, u: Tensor) -> Non
     w[:, cols.stop :] -= errors @ u[cols, cols.stop :]
 
 
-def _upper(a: Tensor) -> tuple[Tensor, bool]:
+def _upper(a: Tensor) -> Tensor | None:
     """U with U^T U = a^-1."""
-    z, fine = inverse(a)
-    if not fine:
-        return a, False
+    z = inverse(a)
+    del a
+    if z is None:
+        return None
     u, info = torch.linalg.cholesky_ex(z, upper=True)
-    return u, not int(info)
+    return None if int(info) else u
