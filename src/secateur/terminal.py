@@ -82,6 +82,9 @@ def job(done: Job) -> None:
     else:
         console.print(_groups(done.to_json()["groups"]))
     console.print(costs({"dense": result.before, "pruned": result.after}, done.rows))
+    if result.masks:
+        whole, gone = result.plan.why["of_parameters"], result.plan.why["of_weights"] - result.plan.why["kept"]
+        console.print(f"{gone:,} of {whole:,} parameters are zeroed ({percent(gone / max(1, whole))}); zeros are stored as such")
     for row in result.plan.why.get("achieved", ()):
         console.print(asked(row), markup=False)
     if result.repairs:

@@ -30,7 +30,13 @@ def test_masked_saved_and_verified(run, tmp_path):
     assert "nothing is wrong" in run("verify", tmp_path / "out")
     found = json.loads(run("verify", tmp_path / "out", "--json"))
     assert found["problems"] == [] and found["zeros"] >= 0.74 * found["size"] > 0
-    assert (tmp_path / "out" / "report.html").is_file()
+    assert "parameters are zeroed" in text
+    facts = json.loads((tmp_path / "out" / "report.json").read_text())
+    (row,) = [row for row in facts["cost"] if row["figure"] == "nonzero"]
+    assert row["pruned"] == row["dense"] - found["size"] + facts["settings"]["kept"] and 0 < row["share"] < 1
+    assert facts["repairs"] and all(r["error_repaired"] <= r["error_cut"] or r["used"] == "plain" for r in facts["repairs"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "parameters that are not zeroed" in page and "of its parameters from being zero" in page
 
 
 def test_without_data_the_largest_weights_stay(run):

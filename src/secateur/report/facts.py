@@ -11,7 +11,7 @@ means: not measured. Shares, accuracies and errors are fractions (0.5, not 50), 
 | `settings` | `targets`, `score`, `allocation`, `repair`, `seed`, ... and `command`: the line that makes it again |
 | `hardware` | `cpu`, `cores`, `threads`, `memory`, `gpu`, `system`, `python`, `torch` |
 | `batch` | rows of the call that MACs are counted for |
-| `cost` | rows of `figure` (macs, params, bytes, peak_bytes), `dense`, `pruned`, `share` = pruned / dense |
+| `cost` | rows of `figure` (macs, params, bytes, peak_bytes, nonzero), `dense`, `pruned`, `share` = pruned / dense |
 | `targets` | rows of `asked` (text), `figure`, `limit`, `achieved`, `used` = achieved / limit, `met` (true, false or "within 5 %") |
 | `accuracy` | `metric`, `rows` tested, `stages`: rows of `stage` (dense, cut, batch_norm, repaired), `value`, `points` beside dense |
 | `latency` | rows of `runtime`, `threads`, `batch`, `dtype`, `dense`, `pruned`, `ratio` = pruned / dense, `speedup` = 1 / ratio |
@@ -127,6 +127,9 @@ def _of(done: Any) -> dict[str, Any]:
     sheet["accuracy"] = _stages(known.get("accuracy"), known.get("repairs") or getattr(result, "repairs", None))
     if getattr(result, "repairs", None) and "repairs" not in sheet:
         sheet["repairs"] = list(result.repairs)
+    if known.get("masks"):  # single weights: what became of each layer reads like a repair
+        sheet["repairs"] = list(known["masks"])
+        sheet["cost"].append({"figure": "nonzero", "dense": why["of_parameters"], "pruned": why["of_parameters"] - why["of_weights"] + why["kept"]})
     if known.get("seconds"):  # what `secateur demo` adds: medians without their samples
         sheet["latency"] = [_summary(known["seconds"]["seconds"])]
     return sheet

@@ -28,6 +28,7 @@ from secateur.report.html import (
 
 FIGURES = {  # figure: its name, how it reads as an element and as text
     "macs": ("MACs", count, count_text), "params": ("parameters", count, count_text), "bytes": ("bytes", size, size_text),
+    "nonzero": ("parameters that are not zeroed", count, count_text),
     "peak_bytes": ("peak memory", size, size_text), "peak_memory": ("peak memory", size, size_text), "latency": ("latency", seconds, seconds_text),
     "seconds": ("latency", seconds, seconds_text),
 }  # fmt: skip
@@ -82,8 +83,11 @@ def header(facts: Mapping[str, Any]) -> Html:
 def verdict(facts: Mapping[str, Any]) -> Html:
     """One sentence: what is left, what it can still do, how fast, and whether it is proven."""
     parts: list[Html] = []
-    macs: Mapping[str, Any] = next((row for row in facts.get("cost") or () if row.get("figure") == "macs"), {})
-    if finite(macs.get("share")):
+    costs: dict[str, Mapping[str, Any]] = {str(row.get("figure")): row for row in facts.get("cost") or ()}
+    macs, nonzero = costs.get("macs", {}), costs.get("nonzero", {})
+    if finite(nonzero.get("share")):
+        parts.append(join("keeps ", percent(nonzero["share"]), " of its parameters from being zero"))
+    elif finite(macs.get("share")):
         parts.append(join("keeps ", percent(macs["share"]), " of its multiply-accumulates"))
     stages = _measured_stages(facts)
     if len(stages) > 1:
