@@ -81,6 +81,8 @@ def mend(result: Result, data: Iterable[Any], repair: str = "gauss_newton", say:
     say = say or (lambda stage: None)
     if repair not in HOW:
         raise InputError(f"unknown repair {repair!r}.\n  There are: {', '.join(HOW)}.")
+    if result.plan.weights and repair == "bias":
+        raise InputError("repair='bias' is for cuts.\n  After masks use 'least_squares' or 'batch_norm'.")
     args, _ = result.graph.program.example_inputs
     refused = ""
     if repair in FITTED:
@@ -109,7 +111,7 @@ def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
     if result.plan.weights:
         asked = {n: Asked(parse_pattern(result.plan.patterns[n]), stays=m) for n, m in result.plan.weights.items()}
         network = solved(study, asked, Means(None), study.seed, say)
-        state, rows, result.masks = network.state, network.rows, network.masks_of
+        state, rows, result.masks = network.state, network.rows, [m for m in network.masks_of if f"{m.layer}.weight" in asked or m.layer in asked]
     else:
         state, rows = study.repaired(keep, how=repair)
     new = changed(dense, graph, state)
@@ -123,6 +125,8 @@ def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
             for name, tensor in state_of(result.model).items():
                 tensor.copy_(before[name])
         raise
+    if (filled := _filled(study, state)) and not result.plan.weights:
+        result.notes.append(f"{filled:,} weights that were exactly zero are not any more: the repair fits every weight; mask after the cut")
     if (left := study.chunks.left_out) >= study.chunks.rows // len(study.chunks.feeds):  # more than what is over of whole chunks
         result.notes.append(f"{left} rows of data were left out of the repair: their shapes are not those of the first batch")
     result.repairs, result.study = rows, study
@@ -137,3 +141,14 @@ def study_of(model: nn.Module, graph: Graph, data: Iterable[Any], seed: int = 0,
         return analyse(capture(model, args, kwargs), model, graph.ignored, for_class=graph.for_class)
 
     return Study(model, graph, data, again, seed, say or (lambda stage: None))
+
+
+def _filled(study: Study, state: Mapping[str, Any]) -> int:
+    """Zeros of sparse weights (a tenth of them or more) that a repair made other numbers."""
+    found = 0
+    for name, new in state.items():
+        old = study.state[name]
+        zero = (old == 0) if old.dim() > 1 and old.is_floating_point() else None
+        if zero is not None and float(zero.float().mean()) >= 0.1:
+            found += int((zero & (new != 0)).sum())
+    return found

@@ -90,16 +90,16 @@ def _known(per: object) -> None:
 
 Pattern = Free | NM | Block
 FREE = Free()
-TURNED = " transposed"  # said of a weight that is stored inputs first
+TURNED, GROUPS = " transposed", " groups "  # said of a weight that is stored inputs first; of a grouped convolution
 
 
 def parse_pattern(text: str) -> Pattern:
-    """`"free"`, `"free/row"`, `"2:4"`, `"4x1"` or `"4x1/row"`; that a weight is stored inputs first is passed over.
+    """`"free"`, `"free/row"`, `"2:4"`, `"4x1"` or `"4x1/row"`; what is said of one weight behind it is passed over.
 
     Raises:
         InputError: it is none of these.
     """
-    name, _, per = text.lower().removesuffix(TURNED).strip().partition("/")
+    name, _, per = text.lower().removesuffix(TURNED).split(GROUPS)[0].strip().partition("/")
     per = per or "layer"
     if name == "free":
         return Free(per)  # type: ignore[arg-type]  # it is checked there
@@ -110,10 +110,13 @@ def parse_pattern(text: str) -> Pattern:
     raise InputError(f"{text!r} is not a pattern.\n  Write free, free/row, 2:4 (2 kept of 4) or 4x1 (blocks of 4 outputs).")
 
 
-def written(pattern: Pattern, transposed: bool = False) -> str:
-    """The text that `parse_pattern` reads. `transposed`: the weight is stored inputs first."""
+def written(pattern: Pattern, transposed: bool = False, groups: int = 1) -> str:
+    """The text that `parse_pattern` reads. `transposed`: the weight is stored inputs first; `groups`: of a grouped convolution, each of
+    which has a mask of its own."""
     name = "free" if isinstance(pattern, Free) else str(pattern).removesuffix(" per row")
-    return name + ("/row" if not isinstance(pattern, NM) and pattern.per == "row" else "") + (TURNED if transposed else "")
+    return name + ("/row" if not isinstance(pattern, NM) and pattern.per == "row" else "") + (
+        f"{GROUPS}{groups}" if groups > 1 else TURNED if transposed else ""
+    )
 
 
 def share(keep: str | float | Fraction) -> Fraction:
@@ -144,15 +147,20 @@ def whole(pattern: Pattern, shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def kept(pattern: Pattern, shape: tuple[int, int], keep: Fraction) -> int:
-    """How many weights of a matrix stay: at most the share of those that can go, exactly; what is left over stays."""
+    """How many weights of a matrix stay: the share of those that can go, rounded down, one unit at least; what is left over stays."""
     rows, cols = whole(pattern, shape)
     over = shape[0] * shape[1] - rows * cols
     if isinstance(pattern, NM):
         return rows * cols // pattern.of * pattern.n + over
     r, c = pattern.unit
     down, across = rows // r, cols // c
-    units = down * int(across * keep) if pattern.per == "row" else int(down * across * keep)
+    units = down * _some(across, keep) if pattern.per == "row" else _some(down * across, keep)
     return units * r * c + over
+
+
+def _some(units: int, keep: Fraction) -> int:
+    """The share of so many units, rounded down, but one at least: a filter or a layer of zeros alone cuts the network in two."""
+    return max(1, int(units * keep)) if units else 0
 
 
 def choose(pattern: Pattern, score: Tensor, keep: Fraction) -> Tensor:
@@ -182,9 +190,9 @@ def choose(pattern: Pattern, score: Tensor, keep: Fraction) -> Tensor:
     r, c = pattern.unit
     units = part if (r, c) == (1, 1) else part.reshape(rows // r, r, cols // c, c).sum((1, 3))
     if pattern.per == "row":
-        picked = top(units, int(units.shape[1] * keep))
+        picked = top(units, _some(units.shape[1], keep))
     else:
-        picked = top(units.reshape(-1), int(units.numel() * keep)).reshape(units.shape)
+        picked = top(units.reshape(-1), _some(units.numel(), keep)).reshape(units.shape)
     stays[:rows, :cols] = picked if (r, c) == (1, 1) else picked.repeat_interleave(r, 0).repeat_interleave(c, 1)
     return stays
 

@@ -51,6 +51,9 @@ class Plan:
     patterns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.weights.keys() != self.patterns.keys():
+            odd = min(self.weights.keys() ^ self.patterns.keys())
+            raise PlanError(f"weight {odd!r} has a mask and no pattern, or a pattern and no mask.\n  Give patterns={{name: 'free'}} beside weights=.")
         for name, mask in self.weights.items():
             if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
                 raise PlanError(f"weight {name!r}: its mask is no bool tensor.\n  Pass a torch.bool tensor of the weight's shape (True stays).")

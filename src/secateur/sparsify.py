@@ -7,6 +7,7 @@ of the model with zeros in it, of the same shapes.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -32,9 +33,10 @@ from secateur.measure.checks import check
 from secateur.measure.count import count
 from secateur.measure.proof import require
 from secateur.mend import Progress, Result, study_of
-from secateur.pattern import FREE, NM, Pattern, share, written
+from secateur.pattern import FREE, NM, Block, Free, Pattern, share, written
 from secateur.plan import Plan
 from secateur.repair import changed, proven, put_into
+from secateur.repair.layers import find_layers
 from secateur.surgery import Cut
 from secateur.surgery.cut import state_of
 from secateur.trace import Graph, trace
@@ -70,6 +72,8 @@ class Sparse:
         Raises:
             InputError: no share is given, or one beside an N:M pattern, or it is none.
         """
+        if not isinstance(self.pattern, (Free, NM, Block)):
+            raise InputError(f"pattern={self.pattern!r} is no pattern.\n  Pass sc.Free(), sc.NM(2, of=4) or sc.Block(4, 1).")
         if isinstance(self.pattern, NM):
             own = Fraction(self.pattern.n, self.pattern.of)
             if self.keep is not None and share(self.keep) != own:
@@ -119,8 +123,9 @@ def sparsify(
         rows = [LayerMask(chosen.layers[n].name, tuple(m.shape), int(m.sum()), str(how.pattern)) for n, m in weights.items()]
         return _result(model, graph, new, _with(plan, weights, chosen, how.pattern), rows, chosen.notes())
     network = solved(study, asked, Means(method.function, how.refit, how.corrected), how.seed, say)
-    plan = replace(_with(plan, network.stays, chosen, how.pattern), why={**why, "calibration_rows": study.chunks.rows})
-    result = _result(model, graph, changed(model, graph, network.state), plan, network.masks_of, chosen.notes())
+    plan = replace(_with(plan, {n: network.stays[n] for n in asked}, chosen, how.pattern), why={**why, "calibration_rows": study.chunks.rows})
+    rows = [row for row in network.masks_of if row.layer in {chosen.layers[n].name for n in asked}]
+    result = _result(model, graph, changed(model, graph, network.state), plan, rows, [*chosen.notes(), *too_little(rows, chosen, study.state)])
     return replace(result, study=study)
 
 
@@ -139,6 +144,11 @@ def mask(model: nn.Module, args: tuple, plan: Plan, kwargs: Mapping[str, Any] | 
             have = tuple(state[name].shape) if name in state else "missing"
             raise PlanError(f"weight {name!r} is {have} in this model and {tuple(stays.shape)} in the plan.\n  Pass the model that it was made for.")
     graph = trace(model, args, kwargs)
+    layers = {x.weight: x.why_not for x in find_layers(graph)}
+    for name in plan.weights:
+        if layers.get(name, "it is no weight of a linear layer or convolution under this name"):
+            why = layers.get(name) or "it is no weight of a linear layer or convolution under this name"
+            raise PlanError(f"weight {name!r} cannot be masked: {why}.\n  Leave it out of the plan.")
     new = {n: _masked(state[n], m) for n, m in plan.weights.items()}
     rows = [LayerMask(n.removesuffix(".weight"), tuple(m.shape), int(m.sum()), plan.patterns.get(n, "free")) for n, m in plan.weights.items()]
     return _result(model, graph, new, plan, rows, [])
@@ -160,7 +170,21 @@ def _result(model: nn.Module, graph: Graph, new: Mapping[str, Tensor], plan: Pla
     sizes = sum(m.numel() for m in plan.weights.values())
     kept = sum(int(m.sum()) for m in plan.weights.values())
     why = {**plan.why, "kept": kept, "of_weights": sizes, "of_parameters": total}
+    asked = plan.why.get("keep")
+    if asked is not None and kept > math.ceil(float(asked) * sizes) + sum(row.dense for row in rows):
+        notes = [*notes, f"{kept:,} of {sizes:,} weights stay, more than {float(asked):.0%}: one at least of every layer, row or filter does"]
     return Result(made, replace(plan, why=why), proof, cost, cost, graph, Cut(made, "attributes", "", [], {}, made), list(notes), model, masks=rows)
+
+
+def too_little(rows: Sequence[LayerMask], chosen: Selection, state: Mapping[str, Tensor]) -> list[str]:
+    """What is to be said where there are fewer calibration rows than inputs: then masks follow chance."""
+    inputs = {x.name: int(x.matrix(state[x.weight]).shape[2]) for x in chosen.layers.values()}
+    few = [row for row in rows if row.rows < inputs[row.layer]]
+    if not few:
+        return []
+    worst = min(few, key=lambda row: row.rows / inputs[row.layer])
+    said = f"{worst.layer}: {worst.rows} rows, {inputs[worst.layer]} inputs"
+    return [f"too little data: {len(few)} layers saw fewer rows than they have inputs ({said}), so their masks follow chance; give more"]
 
 
 def _everything(graph: Graph) -> dict[str, Tensor]:
@@ -168,7 +192,7 @@ def _everything(graph: Graph) -> dict[str, Tensor]:
 
 
 def _with(plan: Plan, weights: Mapping[str, Tensor], chosen: Selection, pattern: Pattern) -> Plan:
-    return replace(plan, weights=weights, patterns={n: written(pattern, chosen.layers[n].transposed) for n in weights})
+    return replace(plan, weights=weights, patterns={n: written(pattern, chosen.layers[n].transposed, chosen.layers[n].groups) for n in weights})
 
 
 def _masked(weight: Tensor, stays: Tensor) -> Tensor:

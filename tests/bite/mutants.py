@@ -363,7 +363,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "momentum of removed weights is let grow",
         "secateur/masks/hold.py",
-        "            p.grad.masked_fill_(~mask_of(model, name), 0)\n",
+        "            p.grad.masked_fill_(held.gone(name), 0)\n",
         "            pass\n",
         ("tests/masks/test_hold.py::test_zeros_stay_zero_and_the_others_learn",),
     ),

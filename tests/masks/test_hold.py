@@ -63,18 +63,22 @@ def test_zeros_stay_zero_and_the_others_learn(name):
     assert not zeros(model, result.plan) and not list(model.buffers())
 
 
-def test_held_models_are_copied_exported_and_moved():
+def test_held_models_are_copied_exported_saved_and_moved(tmp_path):
     result = sc.magnitude(net(), ARGS, "30%")
     optimizer = torch.optim.SGD(result.model.parameters(), 0.1)
-    sc.hold(result.model, result.plan, optimizer)
+    held = sc.hold(result.model, result.plan, optimizer)
+    assert not list(result.model.buffers())
     twin = copy.deepcopy(result.model)
     other = torch.optim.SGD(twin.parameters(), 0.1)
-    train(twin, other)  # its gradients are not hooked: a copy is held anew
+    sc.hold(twin, result.plan, other)  # a copy is held anew
+    train(twin, other)
+    assert zeros(twin, result.plan)
     program = torch.export.export(result.model, ARGS)
     assert torch.equal(program.module()(*ARGS), result.model(*ARGS))
-    assert result.model.double().get_buffer("0.weight_stays").dtype == torch.bool
-    fresh = net()
-    fresh.load_state_dict(result.model.state_dict())
+    assert torch.equal(sc.load(sc.save(result, tmp_path / "out"), net)(*ARGS), result.model(*ARGS))
+    train(result.model.double().float(), optimizer)
+    assert zeros(result.model, result.plan)
+    held.remove()
 
 
 def test_low_rank_updates_lose_no_zero():
@@ -99,9 +103,10 @@ def test_what_cannot_be_held_is_refused():
         sc.hold(nn.Linear(6, 16), result.plan, optimizer)
     with pytest.raises(PlanError, match="no single weights"):
         sc.hold(result.model, sc.Plan({}, result.before, result.after), optimizer)
-    sc.hold(result.model, result.plan, optimizer)
-    with pytest.raises(InputError, match="held already"):
-        sc.hold(result.model, result.plan, optimizer)
+    with pytest.raises(InputError, match="is a NoneType"):
+        sc.hold(result.model, result.plan, None)
+    with pytest.raises(InputError, match="hold NaN"):
+        sc.merge_low_rank(result.model, result.plan, {"0.weight": (torch.full((2, 6), torch.nan), torch.ones(16, 2))})
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "obc", "alps"])

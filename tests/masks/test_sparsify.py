@@ -252,3 +252,101 @@ def test_a_plan_of_another_model_is_refused(net):
         sc.mask(Tied().eval(), (torch.tensor([[1, 2]]),), plan)
     with pytest.raises(PlanError, match="no single weights"):
         sc.mask(net, ARGS, sc.Plan(plan.keep, plan.before, plan.after))
+
+
+# ------------------------------------------------------------ what was there before, and what is little
+def mlp(*sizes):
+    torch.manual_seed(0)
+    layers = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1]).eval()
+
+
+def rows(width, batches=4, size=64):
+    return [torch.randn(size, width, generator=torch.Generator().manual_seed(i)) for i in range(batches)]
+
+
+def test_zeros_that_were_there_stay_in_every_layer():
+    model, x = mlp(8, 32, 32, 6), rows(8)
+    first = sc.sparsify(model, (x[0],), sc.Sparse("50%"), x)
+    zero = {n: ~m for n, m in first.plan.weights.items()}
+    second = sc.sparsify(first.model, (x[0],), sc.Sparse("20%", ignore=["4"]), x)
+    third = sc.mend(sc.mask(first.model, (x[0],), second.plan), x)
+    for result in (second, third):
+        for name, gone in zero.items():
+            assert not result.model.get_parameter(name)[gone].any(), name
+    assert torch.equal(second.model.get_parameter("4.weight"), first.model.get_parameter("4.weight"))
+    pruned = sc.prune(first.model, (x[0],), sc.MACs("60%"), data=x)
+    assert any("exactly zero" in note for note in pruned.notes)
+
+
+def test_no_filter_and_no_row_is_left_empty():
+    class Depthwise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(12, 12, 3, groups=12)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    x = torch.randn(4, 12, 8, 8)
+    for data in (None, [x, x + 1]):
+        result = sc.sparsify(Depthwise().eval(), (x,), sc.Sparse("10%"), data)
+        assert (result.plan.weights["conv.weight"].flatten(1).sum(1) == 1).all()
+        assert any("one at least" in note for note in result.notes)
+
+
+def test_too_little_data_is_said_and_what_says_nothing_is_not_followed():
+    model = mlp(8, 64, 4)
+    result = sc.sparsify(model, (rows(8)[0],), sc.Sparse("50%", "obc"), [torch.randn(1, 8)])
+    assert any("too little data" in note and "64 inputs" in note for note in result.notes)
+    magnitude = sc.sparsify(model, (rows(8)[0],), sc.Sparse("50%"))
+    assert torch.equal(result.plan.weights["2.weight"], magnitude.plan.weights["2.weight"])
+    assert not any("too little" in note for note in sc.sparsify(model, (rows(8)[0],), sc.Sparse("50%"), rows(8)).notes)
+
+
+def test_half_precision_is_ranked_as_it_is():
+    for scale, keep in ((300.0, "20%"), (0.002, "99%")):
+        model = nn.Sequential(nn.Linear(64, 64)).half()
+        with torch.no_grad():
+            model[0].weight.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * scale)
+        stays = sc.sparsify(model.eval(), (torch.ones(2, 64).half(),), sc.Sparse(keep)).plan.weights["0.weight"]
+        size = model[0].weight.abs()
+        assert size[stays].min() >= size[~stays].max()
+
+
+def test_papers_on_networks_with_layers_that_are_left_alone(net):
+    """A norm, a shared layer or a dense first convolution upstream is not fitted, and does not get in the way."""
+    result = sc.sparsegpt(net, ARGS, batches(), pattern=sc.NM(2, of=4))
+    assert "first.weight" not in result.plan.weights and "inner.weight" in result.plan.weights
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = [torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    result = sc.wanda(encoder, (x[0],), x, "50%")
+    assert torch.equal(result.model.norm1.weight, encoder.norm1.weight) and len(result.plan.weights) >= 3
+
+
+def test_grouped_blocks_are_verified_group_by_group(tmp_path):
+    model = nn.Sequential(nn.Conv2d(12, 12, 3, groups=2)).eval()
+    result = sc.sparsify(model, (torch.randn(2, 12, 6, 6),), sc.Sparse("50%", pattern=sc.Block(4)))
+    assert not verify(sc.save(result, tmp_path / "out")).problems
+
+
+def test_plans_and_options_that_cannot_be_meant(net):
+    plan = sc.sparsify(net, ARGS, sc.Sparse("30%")).plan
+    tied = Tied().eval()
+    stays = torch.ones(11, 8, dtype=torch.bool)
+    with pytest.raises(PlanError, match="cannot be masked"):
+        sc.mask(tied, (torch.tensor([[1, 2]]),), sc.Plan({}, plan.before, plan.after, {}, {"out.weight": stays}, {"out.weight": "free"}))
+    with pytest.raises(PlanError, match="no pattern"):
+        sc.Plan({}, plan.before, plan.after, {}, {"fc.weight": stays})
+    with pytest.raises(InputError, match="is no pattern"):
+        sc.sparsify(net, ARGS, sc.Sparse("30%", pattern="2:4"))
+    with pytest.raises(InputError, match="unknown budget"):
+        sc.sparsify(net, ARGS, sc.Sparse(pattern=sc.NM(2, of=4), budget="fair"))
+    for bad in ("lots", float("nan"), 7):
+        with pytest.raises(InputError):
+            sc.sparsify(net, ARGS, sc.Sparse("30%", budget={n: bad for n in plan.weights}))
+    shares = {n: "100%" if n == "first.weight" else "20%" for n in plan.weights}
+    given = sc.sparsify(net, ARGS, sc.Sparse("30%", budget=shares)).plan.weights
+    assert given["first.weight"].all() and int(given["fc.weight"].sum()) == 16 * 24 // 5
+    with pytest.raises(InputError, match="is for cuts"):
+        sc.mend(sc.mask(net, ARGS, plan), batches(), "bias")

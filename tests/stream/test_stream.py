@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from secateur.errors import DataError, FormatError, InputError, ModelError
+from secateur.errors import DataError, FormatError, InputError, ModelError, PlanError
 from secateur.masks.methods import METHODS
 from secateur.masks.problem import Problem
 from secateur.pattern import NM, Block, Free, legal
@@ -256,3 +256,113 @@ def test_what_was_changed_afterwards_is_found(tmp_path, what):
     (out / "secateur.json").write_text(json.dumps({**mark, "sha256": run_module._digest(mark)}))
     said = {"minus": "are -0", "weight": "zeros", "pattern": "no legal pattern"}[what]
     assert any(said in p and "layers.1.q.weight" in p for p in verify_stream(out).problems)
+
+
+def interrupted(source, out, monkeypatch, blocks=1):
+    """A run that ends after so many blocks."""
+    plain = Stream._block
+
+    def block(self, index):
+        if index == blocks:
+            raise KeyboardInterrupt
+        plain(self, index)
+
+    monkeypatch.setattr(Stream, "_block", block)
+    with pytest.raises(KeyboardInterrupt):
+        stream(source, out).run(QUIET)
+    monkeypatch.setattr(Stream, "_block", plain)
+    return out.parent / f".{out.name}.part"
+
+
+def test_a_run_whose_folder_or_source_was_changed_is_not_gone_on_with(tmp_path, monkeypatch):
+    source = nets.folder(tmp_path / "dense", nets.made())
+    work = interrupted(source, tmp_path / "out", monkeypatch)
+    shard = work / "block-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(FormatError, match="was altered"):
+        stream(source, tmp_path / "out").run(QUIET)
+    shard.write_bytes(whole)
+    hidden = next((work / "scratch").glob("hidden-1-*"))
+    hidden.rename(hidden.with_suffix(".gone"))
+    with pytest.raises(FormatError, match="was altered"):
+        stream(source, tmp_path / "out").run(QUIET)
+    hidden.with_suffix(".gone").rename(hidden)
+    for text in ("", "{", "[]", "{}"):
+        progress = (work / "progress.json").read_text()
+        (work / "progress.json").write_text(text)
+        with pytest.raises(FormatError, match="cannot be gone on with"):
+            stream(source, tmp_path / "out").run(QUIET)
+        (work / "progress.json").write_text(progress)
+    held = run_module.alone(work)
+    with pytest.raises(InputError, match="another run is at work"):
+        stream(source, tmp_path / "out").run(QUIET)
+    held.close()
+    model = nets.made(seed=1)  # other values, of the same size
+    for file in source.glob("*.safetensors"):
+        save_file({n: model.state_dict()[n] for n in load_file(file)}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="other settings, data or weights"):
+        stream(source, tmp_path / "out").run(QUIET)
+
+
+def test_ignore_is_names_and_patterns_that_match(tmp_path):
+    source = nets.folder(tmp_path / "dense", nets.made())
+    done = stream(source, tmp_path / "out", replace(RULE, ignore=("layers.1", "*.down"))).run(QUIET)
+    assert {r.layer for r in done.masks} == {f"layers.{i}.{n}" for i in (0, 2) for n in ("q", "k", "v", "o", "gate", "up")}
+    with pytest.raises(InputError, match="matches no linear layer"):
+        stream(source, tmp_path / "other", replace(RULE, ignore=("down",))).run(QUIET)
+    with pytest.raises(PlanError, match="fits the pattern"):
+        stream(source, tmp_path / "other", replace(RULE, pattern=Block(64, 1))).run(QUIET)
+
+
+class Between(nets.Text):
+    """Something happens between the blocks."""
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x) * 3
+        return self.head(x)
+
+
+class Shifted(nets.Block):
+    """A buffer that is stored, a layer called by keyword, and one that is given a part of what another is given."""
+
+    def __init__(self, d=16):
+        super().__init__(d)
+        self.register_buffer("shift", torch.zeros(d))
+
+    def forward(self, x, mask=None, *, scale=1.0):
+        h = self.norm1(x) + self.shift
+        return x + self.q(input=h) + self.k(h[:, :1])
+
+
+def text_of_shifted():
+    model = nets.made()
+    model.layers = torch.nn.ModuleList(Shifted() for _ in range(2))
+    return model.eval()
+
+
+def test_buffers_are_read_and_layers_are_grouped_by_what_they_are_given(tmp_path):
+    model = text_of_shifted()
+    for block in model.layers:
+        block.shift.fill_(2.0)
+    source = nets.folder(tmp_path / "dense", model)
+    skeleton = Skeleton(text_of_shifted, Shards.of(source))
+    done = Stream(skeleton, nets.feeds(), RULE, tmp_path / "out", False, {}).run(QUIET)
+    assert {r.layer: r.rows for r in done.masks if r.layer in ("layers.0.q", "layers.0.k")} == {"layers.0.q": 120, "layers.0.k": 6}
+    assert (skeleton.block(1).shift == 2).all()
+
+
+def test_models_that_cannot_be_streamed_are_refused(tmp_path):
+    source = nets.folder(tmp_path / "dense", nets.made())
+    with pytest.raises(ModelError, match="between its blocks"):
+        Stream(Skeleton(Between, Shards.of(source)), nets.feeds(), RULE, tmp_path / "out", False, {}).run(QUIET)
+    file = source / json.loads((source / "model.safetensors.index.json").read_text())["weight_map"][name := "layers.0.q.weight"]
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(ModelError, match="quantised"):
+        stream(source, tmp_path / "out2").run(QUIET)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="is there already"):
+        stream(source, tmp_path / "link").run(QUIET)

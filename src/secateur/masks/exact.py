@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from secateur.pattern import NM, TURNED, legal, parse_pattern
+from secateur.pattern import GROUPS, NM, TURNED, legal, parse_pattern
 
 
 def wrong_zeros(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> list[str]:
@@ -33,6 +33,7 @@ def illegal(masks: Mapping[str, Tensor], patterns: Mapping[str, str], at_most: b
             continue
         stays = stays.t() if patterns[name].endswith(TURNED) else stays
         rows = stays.flatten(2).transpose(1, 2).reshape(len(stays), -1) if stays.dim() > 2 and pattern.unit[1] > 1 else stays.flatten(1)
-        if not legal(pattern, rows):
+        groups = int(patterns[name].partition(GROUPS)[2] or 1)
+        if len(rows) % groups or not all(legal(pattern, part) for part in rows.chunk(groups)):
             found.append(f"{name}: its mask is no legal pattern {pattern}")
     return found

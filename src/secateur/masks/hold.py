@@ -11,38 +11,41 @@ from torch.utils.hooks import RemovableHandle
 from secateur.errors import InputError, PlanError
 from secateur.plan import Plan
 
-SUFFIX = "_stays"
-
 
 class Hold:
     """What `hold` put on a model; `remove()` takes it off again, and the weights stay as they are then."""
 
-    def __init__(self, model: nn.Module, names: list[str]):
-        self.model, self.names = model, names
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]):
+        self.parameters = {n: model.get_parameter(n) for n in masks}
+        self.masks = dict(masks)
         self.handles: list[RemovableHandle] = []
+
+    def gone(self, name: str) -> Tensor:
+        """Where a weight is zero, on the device that it is on now."""
+        p = self.parameters[name]
+        if self.masks[name].device != p.device:
+            self.masks[name] = self.masks[name].to(p.device)
+        return ~self.masks[name]
 
     def again(self) -> None:
         """Make the weights that the plan removed 0 now."""
         with torch.no_grad():
-            for name in self.names:
-                self.model.get_parameter(name).masked_fill_(~mask_of(self.model, name), 0)
+            for name, p in self.parameters.items():
+                p.masked_fill_(self.gone(name), 0)
 
     def remove(self) -> None:
-        """Take hooks and masks off the model."""
+        """Take the hooks off the model and the optimizer."""
         for handle in self.handles:
             handle.remove()
-        for name in self.names:
-            path, _, leaf = name.rpartition(".")
-            delattr(self.model.get_submodule(path), leaf + SUFFIX)
-        self.names, self.handles = [], []
+        self.handles = []
 
 
 def hold(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer) -> Hold:
     """Keep the zeros of `plan.weights` zero: gradients of removed weights are 0, so that momentum is too, and after every step of the
     optimizer the weights themselves are made 0 again (weight decay and momentum from before may have moved them).
 
-    Each mask is a buffer beside its weight that is no part of the state dict: it moves with the model and is copied with it, and a
-    saved file is no larger. Nothing stands in the way of `torch.compile` or `torch.export`.
+    Nothing is added to the model but hooks: its state dict, its files, `torch.compile` and `torch.export` see no difference. A copy of the
+    model is not held; hold it with an optimizer of its own.
 
     Args:
         model: what `sparsify` or `mask` handed back, or a model loaded from it.
@@ -51,43 +54,37 @@ def hold(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer) -> Hold
 
     Raises:
         PlanError: the plan has no weights, or is for other shapes.
-        InputError: the model is held already, or the optimizer has none of the masked weights.
+        InputError: it is no optimizer, or it has none of the masked weights.
     """
-    parameters = dict(model.named_parameters())
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(f"optimizer is a {type(optimizer).__name__}.\n  Pass the torch.optim.Optimizer that trains the model.")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not plan.weights:
         raise PlanError("this plan names no single weights, so there is nothing to hold.\n  A cut model has none to hold; pass a plan of sparsify().")
     for name, stays in plan.weights.items():
-        if name not in parameters or parameters[name].shape != stays.shape:
-            have = tuple(parameters[name].shape) if name in parameters else "missing"
-            raise PlanError(f"weight {name!r} is {have} in this model and {tuple(stays.shape)} in the plan.\n  Pass the model of the plan.")
-        path, _, leaf = name.rpartition(".")
-        if hasattr(model.get_submodule(path), leaf + SUFFIX):
-            raise InputError(f"weight {name!r} is held already.\n  Remove that hold first.")
+        _fits(name, parameters, stays)
     if not any(id(parameters[n]) in trained for n in plan.weights):
         raise InputError("the optimizer has none of the masked weights.\n  Make it of this model's parameters: a copy has its own.")
-    held = Hold(model, list(plan.weights))
-    for name, stays in plan.weights.items():
-        path, _, leaf = name.rpartition(".")
-        p = parameters[name]
-        model.get_submodule(path).register_buffer(leaf + SUFFIX, stays.to(p.device), persistent=False)
-        if p.requires_grad:
-            held.handles.append(p.register_post_accumulate_grad_hook(_without(model, name)))
+    held = Hold(model, plan.weights)
+    for name in plan.weights:
+        if parameters[name].requires_grad:
+            held.handles.append(parameters[name].register_post_accumulate_grad_hook(_without(held, name)))
     held.handles.append(optimizer.register_step_post_hook(lambda *_: held.again()))
     held.again()
     return held
 
 
-def mask_of(model: nn.Module, name: str) -> Tensor:
-    """The mask that `hold` put beside a weight."""
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path).get_buffer(leaf + SUFFIX)
+def _fits(name: str, parameters: Mapping[str, Tensor], stays: Tensor) -> None:
+    if name not in parameters or parameters[name].shape != stays.shape:
+        have = tuple(parameters[name].shape) if name in parameters else "missing"
+        raise PlanError(f"weight {name!r} is {have} in this model and {tuple(stays.shape)} in the plan.\n  Pass the model of the plan.")
 
 
-def _without(model: nn.Module, name: str) -> Callable[[Tensor], None]:
+def _without(held: Hold, name: str) -> Callable[[Tensor], None]:
     def hook(p: Tensor) -> None:
         if p.grad is not None:
-            p.grad.masked_fill_(~mask_of(model, name), 0)
+            p.grad.masked_fill_(held.gone(name), 0)
 
     return hook
 
@@ -100,10 +97,14 @@ def merge_low_rank(model: nn.Module, plan: Plan, factors: Mapping[str, tuple[Ten
         scale: alpha / rank, where they were trained with one.
 
     Raises:
-        InputError: factors that do not fit their weight. Nothing was changed.
+        InputError: factors that do not fit their weight, or are not finite. PlanError: the plan is for other shapes. Nothing was changed.
     """
     parameters = dict(model.named_parameters())
     for name, (a, b) in factors.items():
+        if name in plan.weights:
+            _fits(name, parameters, plan.weights[name])
+        if not all(f.dim() == 2 and bool(torch.isfinite(f).all()) for f in (a, b)):
+            raise InputError(f"the factors of {name!r} are {tuple(a.shape)} and {tuple(b.shape)}, or hold NaN.\n  Pass two finite matrices.")
         if name not in parameters or (b.shape[0], a.shape[1]) != tuple(parameters[name].shape) or a.shape[0] != b.shape[1]:
             have = tuple(parameters[name].shape) if name in parameters else "missing"
             raise InputError(f"weight {name!r} is {have}; A is {tuple(a.shape)} and B {tuple(b.shape)}.\n  A is (rank, inputs), B (outputs, rank).")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any
 
@@ -29,6 +30,7 @@ from secateur.repair.study import FEW, Study
 from secateur.repair.target import Target
 from secateur.trace import Graph
 from secateur.trace.call import bind
+from secateur.trace.tracer import prefixes
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,12 @@ class MaskedNetwork(Repair):
                 x.norm = None
             self.targets = {x.node: Target() for x in self.layers if not x.why_not}
             self.norms, self.by_node = [], {x.node: x for x in self.layers if x.weight in self.asked}
+            self.upstream = {n: [x for x in above if x in self.by_node] for n, above in self.upstream.items()}
 
     def _wanted(self, layer: Layer) -> bool:
-        return layer.weight in self.asked or (self.settings.everywhere and layer.source in self.affected)
+        if layer.weight in self.asked:
+            return True
+        return layer.source in self.affected and not ignored(self.graph, layer.weight)
 
     def _decide(self, layer: Layer, sample: Sample) -> None:
         if layer.weight not in self.asked:
@@ -144,10 +149,13 @@ class MaskedNetwork(Repair):
         order = columns(layer, asked.pattern, a.shape[-1])
         back = order.argsort()
         given = None if asked.stays is None else layer.matrix(asked.stays)
+        there = layer.matrix(self.dense.runner.state[layer.weight]) != 0
+        own = None if bool(there.all()) else there  # zeros that were there stay
         w, stays, level = torch.zeros_like(before.w), torch.zeros(before.w.shape, dtype=torch.bool), 0.0
         for g in range(len(a)):
             h = a[g][order][:, order]
-            p = Problem(goal.w[g][:, order], h, asked.pattern, asked.keep, None, means.damp, layer.name)
+            may = own[g][:, order] if own is not None else None
+            p = Problem(goal.w[g][:, order], h, asked.pattern, asked.keep, may, means.damp, layer.name)
             if given is not None:
                 found = masked(p.w, given[g][:, order])
             else:
@@ -175,6 +183,11 @@ def _behind(network: MaskedNetwork) -> set[fx.Node]:
     return found
 
 
+def ignored(graph: Graph, name: str) -> bool:
+    """Whether a weight was named by `ignore=` when the graph was traced."""
+    return any(fnmatchcase(p, one) for one in graph.ignored for p in prefixes(name))
+
+
 def columns(layer: Layer, pattern: Pattern, features: int) -> Tensor:
     """The order of a layer's columns in which a pattern counts inputs in a row: input channels at one place of the kernel."""
     if layer.window and (isinstance(pattern, NM) or (isinstance(pattern, Block) and pattern.cols > 1)):
@@ -188,8 +201,20 @@ def left_over(pattern: Pattern, stays: Tensor) -> int:
     return stays.numel() - stays.shape[0] * rows * cols
 
 
+def _sparse_already(study: Study, asked: Mapping[str, Asked]) -> dict[str, Asked]:
+    """Other layers with zeros in them: they keep those, and are fitted around them."""
+    found = {}
+    for layer in find_layers(study.chunks.graph):
+        zero = study.state[layer.weight] == 0
+        left = layer.why_not or ignored(study.chunks.graph, layer.weight)
+        if layer.weight not in asked and not left and bool(zero.any()):
+            found[layer.weight] = Asked(FREE, stays=~zero)
+    return found
+
+
 def solved(study: Study, asked: Mapping[str, Asked], means: Means, seed: int, say: Callable[[str], None]) -> MaskedNetwork:
     """Masks and weights of all layers asked for, from the data of a study."""
+    asked = {**(_sparse_already(study, asked) if means.corrected else {}), **asked}
     with at_rest(study.model):
         network = MaskedNetwork(study.chunks.graph, study.state, study.chunks.feeds, asked, means, Settings(seed=seed))
         network.run(lambda layer: say(f"mask {layer}"))

@@ -59,12 +59,14 @@ class Problem:
 
     def without_dead(self) -> Problem:
         """The problem with the weights of inputs that are always 0 at 0, so that they go first: nothing is lost with them, while the
-        damping of H would make them count.
+        damping of H would make them count. Where all are, nothing is known, and the largest weights stay.
 
         Raises:
             DataError: nothing is known of the inputs.
         """
         dead = self.gram.diagonal() == 0
+        if bool(dead.all()):
+            return replace(self, h=torch.eye(len(dead), dtype=self.w.dtype))
         return replace(self, w=torch.where(dead, torch.zeros((), dtype=self.w.dtype), self.w)) if bool(dead.any()) else self
 
     def choose(self, score: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ def wanda(p: Problem) -> Solution:
     Raises:
         DataError: nothing is known of the inputs.
     """
+    p = p.without_dead()
     return _by_row(p, p.w.square() * p.gram.diagonal())
 
 
@@ -40,6 +41,7 @@ def ria(p: Problem) -> Solution:
     Raises:
         DataError: nothing is known of the inputs.
     """
+    p = p.without_dead()
     return _by_row(p, (relative(p.w) * p.gram.diagonal().clamp_min(0).pow(RIA_POWER / 2)).square())
 
 

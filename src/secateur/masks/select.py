@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from fractions import Fraction
 
 import torch
@@ -12,12 +11,11 @@ from torch import Tensor
 
 from secateur.errors import InputError, PlanError
 from secateur.masks.budgets import BUDGETS, Budget, Weight
-from secateur.masks.network import Asked, columns
+from secateur.masks.network import Asked, columns, ignored
 from secateur.masks.problem import Problem
-from secateur.pattern import NM, Pattern, whole
+from secateur.pattern import NM, Pattern, share, whole
 from secateur.repair.layers import Layer, find_layers
 from secateur.trace import Graph
-from secateur.trace.tracer import prefixes
 
 
 @dataclass
@@ -46,7 +44,7 @@ def select(graph: Graph, state: Mapping[str, Tensor], pattern: Pattern) -> Selec
     for layer in find_layers(graph):
         rows, cols = (int(s) for s in layer.matrix(state[layer.weight]).shape[1:])
         places = cols // layer.kernel if layer.window else cols
-        if any(fnmatchcase(p, known) for known in graph.ignored for p in prefixes(layer.weight)):
+        if ignored(graph, layer.weight):
             continue
         if layer.why_not:
             chosen.left[layer.name] = layer.why_not
@@ -57,6 +55,10 @@ def select(graph: Graph, state: Mapping[str, Tensor], pattern: Pattern) -> Selec
             chosen.left[layer.name] = f"its inputs cannot be divided by {pattern.unit[1]}"
         else:
             chosen.layers[layer.weight] = layer
+    known = {x.weight for x in find_layers(graph)}
+    for name in sorted(graph.capture.trainable - known - set(graph.capture.aliases)):
+        if name in state and state[name].dim() > 1 and not ignored(graph, name):
+            chosen.left[name] = "they are no linear layers or convolutions whose inputs can be followed"
     if not chosen.layers:
         said = "; ".join(chosen.notes()) or "it has no linear layer and no convolution with a weight of its own"
         raise PlanError(f"no layer can be made sparse with the pattern {pattern}: {said}.\n  Choose another pattern, or ignore fewer layers.")
@@ -72,30 +74,30 @@ def spread(
     Raises:
         InputError: an unknown budget, or one that names other layers.
     """
+    if isinstance(budget, str) and budget not in BUDGETS:
+        raise InputError(f"unknown budget {budget!r}.\n  There are: {', '.join(BUDGETS)}.")
     if isinstance(pattern, NM):
         return {n: Asked(pattern, Fraction(pattern.n, pattern.of)) for n in chosen.layers}
     if isinstance(budget, str):
-        if budget not in BUDGETS:
-            raise InputError(f"unknown budget {budget!r}.\n  There are: {', '.join(BUDGETS)}.")
         seen = mean_squares or {}
         weights = {}
         for n, x in chosen.layers.items():
-            w = x.matrix(state[n].detach())
+            w = x.matrix(state[n].detach().double())
             weights[n] = Weight(w.reshape(-1, w.shape[-1]), tuple(state[n].shape), seen.get(n))
         found: Budget = BUDGETS[budget](weights, keep)
     else:
-        found = dict(budget)
+        found = {n: Fraction(1) if str(given) in ("1", "1.0", "100%") else share(given) for n, given in budget.items()}
     if odd := sorted(found.keys() ^ chosen.layers.keys()):
         raise InputError(
             f"the budget says nothing of {odd[0]!r}, or it is no layer that can be made sparse.\n"
             f"  Give a share for each of the {len(chosen.layers)} layers."
         )
-    return {n: Asked(pattern, share) for n, share in found.items()}
+    return {n: Asked(pattern, part) for n, part in found.items()}
 
 
 def mask_alone(layer: Layer, weight: Tensor, asked: Asked) -> Tensor:
     """The mask that keeps the largest weights: bool, of the shape of the weight."""
-    w = layer.matrix(weight.detach())
+    w = layer.matrix(weight.detach().double())  # squares of half precision overflow
     order = columns(layer, asked.pattern, w.shape[-1])
     stays = torch.zeros(w.shape, dtype=torch.bool)
     for g in range(len(w)):

@@ -38,6 +38,11 @@ class Rule:
         return "" if all(whole(self.pattern, matrix(weight))) else f"the pattern {self.pattern} does not fit into {matrix(weight)}"
 
 
+def given(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """What a linear layer takes in, however it is called."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def matrix(weight: Tensor) -> tuple[int, int]:
     return int(weight.shape[0]), int(weight.shape[1])
 
@@ -60,15 +65,16 @@ def grams(
     tokens = [0 for _ in groups]
 
     def see(i: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple) -> None:
-            rows = args[0].reshape(-1, args[0].shape[-1]).float()
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            x = given(args, kwargs)
+            rows = x.reshape(-1, x.shape[-1]).float()
             total = sums[i]
             sums[i] = rows.mT @ rows if total is None else total.addmm_(rows.mT, rows)
             tokens[i] += len(rows)
 
         return hook
 
-    handles = [layers[g[0]].register_forward_pre_hook(see(i)) for i, g in enumerate(groups)]
+    handles = [layers[g[0]].register_forward_pre_hook(see(i), with_kwargs=True) for i, g in enumerate(groups)]
     try:
         for sample in samples:
             call(sample)
@@ -112,23 +118,24 @@ def solve(name: str, weight: Tensor, gram: Tensor | None, tokens: int, rule: Rul
 def in_order(block: nn.Module, layers: Mapping[str, nn.Module], call: Call) -> list[list[str]]:
     """Names of the layers in the order in which they first run on sample 0; those given one tensor together. Layers that never ran
     come last."""
-    seen: list[tuple[int, str]] = []
+    seen: list[tuple[tuple, str]] = []
     held: list[Any] = []
 
     def hook(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple) -> None:
-            held.append(args[0])
-            seen.append((args[0].data_ptr(), name))
+        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            x = given(args, kwargs)
+            held.append(x)  # so that its memory is not given to another
+            seen.append(((x.data_ptr(), x.shape, x.stride(), x._version), name))
 
         return see
 
-    handles = [m.register_forward_pre_hook(hook(n)) for n, m in layers.items()]
+    handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
     try:
         call(0)
     finally:
         for handle in handles:
             handle.remove()
-    groups: dict[int, list[str]] = {}
+    groups: dict[tuple, list[str]] = {}
     done: set[str] = set()
     for where, name in seen:
         if name not in done:

@@ -21,6 +21,7 @@ from secateur.stream.block import Rule
 from secateur.stream.run import Stream, Streamed
 from secateur.stream.shards import Shards
 from secateur.stream.skeleton import Skeleton
+from secateur.trace.tracer import patterns
 
 SAMPLES, LENGTH = 128, 2048  # as in the papers
 _KEYS = ("input_ids", "tokens", "ids")
@@ -103,12 +104,15 @@ def mask_folder(
     method = find("sparsegpt" if how.by == "auto" else how.by)
     if how.budget != "uniform":
         raise InputError(f"budget={how.budget!r} looks at all layers at once, and a stream sees one block.\n  Use 'uniform', or leave streaming out.")
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel() or int(tokens.min()) < 0:
+        shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise DataError(f"tokens are {shape}.\n  Give whole numbers from 0 up, (samples, length), such as `calibration` makes of text.")
     skeleton = Skeleton(builder(folder), Shards.of(folder))
     rows = next((m.num_embeddings for m in skeleton.model.modules() if isinstance(m, nn.Embedding)), None)
     if rows is not None and int(tokens.max()) >= rows:
         raise DataError(f"the data has token {int(tokens.max())}, and the model of {folder} knows {rows}.\n"
                         "  It was made with another tokenizer: use the model's own.")  # fmt: skip
-    rule = Rule(method, how.pattern, keep, how.refit, tuple(how.ignore))
+    rule = Rule(method, how.pattern, keep, how.refit, patterns(how.ignore))
     feeds = [{"input_ids": row[None]} for row in tokens]
     stream = Stream(skeleton, feeds, rule, out, at_once, {"pattern": written(how.pattern)})
     return stream.run(say)

@@ -13,23 +13,25 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from secateur.errors import DataError, FormatError, InputError
+from secateur.errors import DataError, FormatError, InputError, ModelError, PlanError
 from secateur.masks.network import LayerMask
 from secateur.pattern import written
 from secateur.stream.block import Rule, grams, in_order, linears, matrix, oriented, solve
+from secateur.stream.calls import put_together, read, taken_apart
 from secateur.stream.shards import INDEX, pieces, write, write_text
 from secateur.stream.skeleton import Skeleton, block_calls, put
 from secateur.trace.tracer import prefixes
 
-MARK, PROGRESS = "secateur.json", "progress.json"
+MARK, PROGRESS, LOCK = "secateur.json", "progress.json", "lock"
 FORMAT = "secateur-stream/1"
 COPIED = 2**28  # numbers in a shard of tensors that are copied as they are
 
@@ -68,6 +70,7 @@ class Stream:
     def __init__(self, skeleton: Skeleton, feeds: Feeds, rule: Rule, out: Path, at_once: bool, settings: Mapping[str, Any]):
         self.skeleton, self.feeds, self.rule, self.out, self.at_once = skeleton, feeds, rule, out, at_once
         self.work = out.parent / f".{out.name}.part"
+        self.scratch = self.work / "scratch"
         self.key = _digest({
             "rule": [rule.method.name, written(rule.pattern), str(rule.keep), rule.refit, list(rule.ignore)], "at_once": at_once,
             "shards": skeleton.shards.facts(), "feeds": _hash_of(feeds), **settings,
@@ -95,37 +98,74 @@ class Stream:
 
     # ------------------------------------------------------------ what is on the disk
     def _begin(self) -> None:
-        if self.out.exists():
+        if os.path.lexists(self.out):
             raise InputError(f"{self.out} is there already.\n  Choose another folder, or remove it.")
         if not self.feeds:
             raise DataError("there is no sample to calibrate with.\n  Give text or tokens.")
+        self._check_layers()
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
+            self.scratch.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FormatError(f"{self.work} could not be made: {error.strerror}.\n  Choose another place for the result.") from error
+        self._lock = alone(self.work)
         if (self.work / PROGRESS).is_file():
-            found = json.loads((self.work / PROGRESS).read_text())
-            if found["key"] != self.key:
-                raise InputError(
-                    f"{self.work} holds an interrupted run with other settings, data or weights, so it cannot be gone on with.\n"
-                    "  Run it with what it was begun with, or remove that folder."
-                )
-            self.done = found["done"]
+            self._go_on()
             return
+        for rest in [p for p in self.work.iterdir() if p.is_file() and p.name != LOCK]:
+            rest.unlink()  # of a run that had not finished its first step
         for i, feed in enumerate(self.feeds):
             calls = block_calls(self.skeleton, feed)
-            tensors, forms = _taken_apart(calls)
+            tensors, forms = taken_apart(calls)
             hidden = tensors.pop(forms[0]["hidden"])
             write(self._call(i), tensors or {"nothing": torch.zeros(1)})
-            write_text(self.work / f"call-{i}.json", json.dumps(forms))
+            write_text(self._call(i).with_suffix(".json"), json.dumps(forms))
             write(self._hidden(0, i), {"x": hidden})
         self._progress()
 
+    def _check_layers(self) -> None:
+        """Every pattern of `ignore` means something, and there is a layer to be made sparse.
+
+        Raises:
+            InputError, PlanError: not so.
+        """
+        names, fitting = [], 0
+        for i in range(self.skeleton.depth):
+            path = f"{self.skeleton.blocks}.{i}"
+            for n, module in linears(self.skeleton.block(i)).items():
+                names += prefixes(f"{path}.{n}.weight")
+                fitting += not (self._ignored(f"{path}.{n}") or self.rule.why_not(oriented(module, module.get_parameter("weight"))))
+        for one in self.rule.ignore:
+            if not any(fnmatchcase(n, one) for n in names):
+                raise InputError(f"ignore={one!r} matches no linear layer in {self.skeleton.blocks}.\n  They are named like {names[-2]!r}.")
+        if not fitting:
+            raise PlanError(f"no linear layer in {self.skeleton.blocks} fits the pattern {self.rule.pattern}.\n  Choose another, or ignore fewer.")
+
+    def _ignored(self, name: str) -> bool:
+        return any(fnmatchcase(p, one) for one in self.rule.ignore for p in prefixes(f"{name}.weight"))
+
+    def _go_on(self) -> None:
+        """Take up a run that was interrupted: everything it needs is there, and is what it wrote."""
+        try:
+            found = json.loads((self.work / PROGRESS).read_text())
+            key, self.done = found["key"], list(found["done"])
+            whole = all(_sha256(self.work / row["file"]) == row["sha256"] for row in self.done)
+            needed = [f(i) for i in range(len(self.feeds)) for f in (self._call, partial(self._hidden, len(self.done)))]
+            whole &= len(self.done) == self.skeleton.depth or all(path.is_file() for path in needed)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FormatError(f"{self.work} cannot be gone on with: {type(error).__name__}: {error}.\n  Remove it and begin again.") from error
+        if key != self.key:
+            raise InputError(
+                f"{self.work} holds an interrupted run with other settings, data or weights, so it cannot be gone on with.\n"
+                "  Run it with what it was begun with, or remove that folder."
+            )
+        if not whole:
+            raise FormatError(f"{self.work} was altered since it was interrupted: a shard or a hidden state differs.\n  Remove it and begin again.")
+
     def _call(self, sample: int) -> Path:
-        return self.work / f"call-{sample}.safetensors"
+        return self.scratch / f"call-{sample}.safetensors"
 
     def _hidden(self, index: int, sample: int) -> Path:
-        return self.work / f"hidden-{index}-{sample}.safetensors"
+        return self.scratch / f"hidden-{index}-{sample}.safetensors"
 
     def _progress(self) -> None:
         write_text(self.work / PROGRESS, json.dumps({"format": FORMAT, "key": self.key, "done": self.done}))
@@ -134,20 +174,22 @@ class Stream:
     def _block(self, index: int) -> None:
         block, path = self.skeleton.block(index), f"{self.skeleton.blocks}.{index}"
         stored = self.skeleton.fill(block, path)
-        forms = [json.loads((self.work / f"call-{i}.json").read_text())[index] for i in range(len(self.feeds))]
+        forms = [json.loads(self._call(i).with_suffix(".json").read_text())[index] for i in range(len(self.feeds))]
 
         def call(sample: int) -> Any:
-            form = forms[sample]
-            with torch.no_grad():
-                args, kwargs = _put_together(_read(self._call(sample)), form, _read(self._hidden(index, sample))["x"])
-                return block(*args, **kwargs)
+            args, kwargs = put_together(read(self._call(sample)), forms[sample], read(self._hidden(index, sample))["x"])
+            try:
+                with torch.no_grad():
+                    return block(*args, **kwargs)
+            except Exception as error:  # whatever the block raises
+                raise ModelError(f"block {index} cannot be run by itself: {type(error).__name__}: {error}.\n  Leave --stream out.") from error
 
         masks, facts = self._solved(block, path, call, stored)
         for sample in range(len(self.feeds)):
             y = call(sample)
             y = y[0] if isinstance(y, (tuple, list)) else y
             if not bool(torch.isfinite(y).all()):
-                raise DataError(f"block {index} gives numbers that are not finite on sample {sample}.\n  Look for NaN or infinity in its weights.")
+                raise DataError(f"block {index} gives numbers that are not finite on sample {sample}.\n  Look for NaN in its weights.")
             write(self._hidden(index + 1, sample), {"x": y})
         self.skeleton.empty(block)
         shard = self.work / f"block-{index:05d}.safetensors"
@@ -159,7 +201,7 @@ class Stream:
 
     def _solved(self, block: nn.Module, path: str, call: Callable, stored: dict[str, Tensor]) -> tuple[list[LayerMask], dict[str, Any]]:
         """The block's layers made sparse in place, in the module and among the stored tensors."""
-        layers = {n: m for n, m in linears(block).items() if not any(part in f"{path}.{n}" for part in self.rule.ignore)}
+        layers = {n: m for n, m in linears(block).items() if not self._ignored(f"{path}.{n}")}
         groups = in_order(block, layers, call)
         samples, rows, facts = range(len(self.feeds)), list[LayerMask](), dict[str, Any]()
         seen = grams(groups, layers, samples, call) if self.at_once else None
@@ -199,61 +241,43 @@ class Stream:
             where |= dict.fromkeys(names, file.name)
         size = sum((self.work / f).stat().st_size for f in hashes)
         write_text(self.work / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}, indent=1))
-        ours = {INDEX, PROGRESS, MARK, *source.files.values()}
+        ours = {INDEX, MARK, *source.files.values()}
         for other in sorted(source.folder.iterdir()):
             if other.is_file() and other.name not in ours and other.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
                 shutil.copyfile(other, self.work / other.name)
+                hashes[other.name] = _sha256(self.work / other.name)
+            elif other.is_dir() and not other.name.startswith(".") and self.work.resolve() not in (other.resolve(), *other.resolve().parents):
+                shutil.copytree(other, self.work / other.name, dirs_exist_ok=True)
+        hashes[INDEX] = _sha256(self.work / INDEX)
         weights = {n: f for row in self.done for n, f in row["weights"].items()}
         mark = {"format": FORMAT, "method": self.rule.method.name, "files": hashes, "weights": weights}
         write_text(self.work / MARK, json.dumps({**mark, "sha256": _digest(mark)}, indent=1))
-        for rest in [*self.work.glob("hidden-*"), *self.work.glob("call-*"), *self.work.glob(".*.new"), self.work / PROGRESS]:
-            rest.unlink()
-        os.replace(self.work, self.out)
+        shutil.rmtree(self.scratch)
+        for rest in [*self.work.glob(".*.new"), self.work / PROGRESS, self.work / LOCK]:
+            rest.unlink(missing_ok=True)
+        try:
+            os.rename(self.work, self.out)
+        except OSError as error:
+            raise FormatError(f"{self.work} is done and could not be renamed to {self.out}: {error.strerror}.\n  Rename it yourself.") from error
 
 
-def _taken_apart(calls: Sequence[tuple[tuple, dict[str, Any]]]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The tensors of all calls of one sample by name, in float32 where they are of floating point, each once; and for each call what
-    JSON can say of the rest. The hidden state is the first positional argument, or `hidden_states`.
+def alone(work: Path) -> Any:
+    """A lock that goes with the process that holds it.
 
     Raises:
-        DataError: an argument is neither.
+        InputError: another run holds it.
     """
-    tensors: dict[str, Tensor] = {}
-    names: dict[int, str] = {}
-
-    def told(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if id(value) not in names:
-                names[id(value)] = f"t{len(names)}"
-                tensors[names[id(value)]] = (value.float() if value.is_floating_point() else value).clone()
-            return {"tensor": names[id(value)]}
-        if isinstance(value, (tuple, list)):
-            return {"tuple": [told(v) for v in value]}
-        known = value is None or isinstance(value, (bool, int, float, str))
-        return {"value": value if known else None}  # a cache of past keys belongs to generating text, not to the block
-
-    forms = []
-    for args, kwargs in calls:
-        form: dict[str, Any] = {"args": [told(v) for v in args], "kwargs": {k: told(v) for k, v in kwargs.items()}}
-        first = form["args"][0] if args else form["kwargs"].get("hidden_states", {})
-        if "tensor" not in first:
-            raise DataError(f"a block is called with {list(kwargs)} and no tensor in front, so its input is not known.\n  Leave --stream out.")
-        forms.append({**form, "hidden": first["tensor"]})
-    return tensors, forms
-
-
-def _put_together(tensors: Mapping[str, Tensor], form: Mapping[str, Any], hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
-    def made(told: Mapping[str, Any]) -> Any:
-        if "tensor" in told:
-            return hidden if told["tensor"] == form["hidden"] else tensors[told["tensor"]]
-        return tuple(made(v) for v in told["tuple"]) if "tuple" in told else told["value"]
-
-    return tuple(made(v) for v in form["args"]), {k: made(v) for k, v in form["kwargs"].items()}
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as held:
-        return {n: held.get_tensor(n) for n in held.keys()}  # noqa: SIM118  # it is no dict
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    file = (work / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise InputError(f"another run is at work in {work}.\n  Wait for it, or choose another folder.") from error
+    return file
 
 
 def _notes(done: Sequence[Mapping[str, Any]]) -> list[str]:

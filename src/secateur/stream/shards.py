@@ -76,9 +76,10 @@ class Shards:
         with safe_open(self.folder / self.files[name], "pt") as held:
             return tuple(held.get_slice(name).get_shape())
 
-    def facts(self) -> dict[str, int]:
-        """Size of every file, by name: what a run that is taken up again compares."""
-        return {f: (self.folder / f).stat().st_size for f in sorted(set(self.files.values()))}
+    def facts(self) -> dict[str, list[int]]:
+        """Size and time of every file, by name: what a run that is taken up again compares."""
+        stats = {f: (self.folder / f).stat() for f in sorted(set(self.files.values()))}
+        return {f: [s.st_size, s.st_mtime_ns] for f, s in stats.items()}
 
 
 def _names(path: Path) -> list[str]:

@@ -30,6 +30,9 @@ def without_values() -> Iterator[None]:
         nn.Module.register_parameter = plain  # type: ignore[method-assign]
 
 
+_PLAIN = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
 class Skeleton:
     """
     Args:
@@ -75,15 +78,21 @@ class Skeleton:
 
     def fill(self, module: nn.Module, path: str, own: bool = False) -> dict[str, Tensor]:
         """Give a module its values in float32; `own`: only what it holds itself. Returns the tensors as they are stored."""
+        for n, buffer in module.named_buffers(recurse=not own):
+            key = self.stored(f"{path}.{n}" if path else n)
+            if key in self.shards.files:  # what is not stored was made with the model
+                buffer.copy_(self.shards.read([key])[key].to(buffer.dtype))
         names = [n for n, _ in module.named_parameters(recurse=not own)]
         read = self.shards.read([self.stored(f"{path}.{n}" if path else n) for n in names])
         for n, (key, value) in zip(names, read.items(), strict=True):
             have = module.get_parameter(n)
             if have.shape != value.shape:
                 raise ModelError(f"{key} is {tuple(value.shape)} in {self.shards.folder}, {tuple(have.shape)} by its config.json.\n  Copy it again.")
-            if value.is_floating_point() and (bad := int((~torch.isfinite(value)).sum())):
+            if value.dtype not in _PLAIN:
+                raise ModelError(f"{key} is stored as {value.dtype}: a quantised model cannot be made sparse.\n  Give the weights it was made from.")
+            if (bad := int((~torch.isfinite(value)).sum())):
                 raise ModelError(f"{key} in {self.shards.folder} holds {bad} values that are NaN or infinite.\n  Load sound weights.")
-            put(module, n, value.float() if value.is_floating_point() else value)
+            put(module, n, value.float())
         return read
 
     def empty(self, module: nn.Module) -> None:
@@ -114,8 +123,8 @@ class Skeleton:
             for handle in handles:
                 handle.remove()
             for module in filled:
-                for n in module._parameters:
-                    put(module, n, module.get_parameter(n).to("meta"))
+                for n, p in list(module.named_parameters(recurse=False)):
+                    put(module, n, p.to("meta"))
 
 
 def put(module: nn.Module, name: str, value: Tensor) -> None:
