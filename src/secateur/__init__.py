@@ -28,6 +28,7 @@ from secateur.models import save as save
 from secateur.pattern import NM as NM
 from secateur.pattern import Block as Block
 from secateur.pattern import Free as Free
+from secateur.pattern import Kernels as Kernels
 from secateur.prune import Result as Result
 from secateur.prune import prune as prune
 from secateur.recipes import alps as alps
@@ -55,6 +56,7 @@ __all__ = [
     "Free",
     "Graph",
     "Group",
+    "Kernels",
     "Latency",
     "MACs",
     "Params",

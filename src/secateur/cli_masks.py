@@ -32,7 +32,7 @@ def mask(  # noqa: PLR0913  # as above
     context: typer.Context,
     model: Model,
     keep: Annotated[str | None, typer.Option(help="Share of the weights that stays, 10% or 0.1; an N:M pattern has its own.")] = None,
-    pattern: Annotated[str, typer.Option(help="free, free/row, 2:4 (2 kept of 4), 4x1 (blocks of 4 outputs), 4x1/row.")] = "free",
+    pattern: Annotated[str, typer.Option(help="free, free/row, 2:4 (2 kept of 4), 4x1 (blocks of 4 outputs), 4x1/row, kernels.")] = "free",
     by: Annotated[str, typer.Option(help="magnitude, wanda, ria, sparsegpt, obc or alps. auto: alps with DATA, else magnitude.")] = "auto",
     budget: Annotated[str, typer.Option(help="How much of each layer stays: uniform, erk, lamp, owl or atp.")] = "uniform",
     refit: Annotated[bool, typer.Option(help="Fit the weights that stay, from DATA.")] = True,

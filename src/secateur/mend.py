@@ -13,7 +13,7 @@ from secateur.calibrate import batches
 from secateur.errors import DataError, InputError
 from secateur.masks import Asked, LayerMask, Means, solved
 from secateur.measure.proof import Proof, require
-from secateur.pattern import parse_pattern
+from secateur.pattern import Kernels, Pattern, parse_pattern
 from secateur.plan import Cost, Plan
 from secateur.repair import FITTED, HOW, LayerRepair, Study, batch_norm_statistics, changed, proven, put_into
 from secateur.surgery import Cut
@@ -109,7 +109,7 @@ def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
     if study is None or study.data is not data:
         study = study_of(dense, graph, data, result.plan.why.get("seed", 0), say)
     if result.plan.weights:
-        asked = {n: Asked(parse_pattern(result.plan.patterns[n]), stays=m) for n, m in result.plan.weights.items()}
+        asked = {n: Asked(_pattern(result.plan.patterns[n], m), stays=m) for n, m in result.plan.weights.items()}
         network = solved(study, asked, Means(None), study.seed, say)
         state, rows, result.masks = network.state, network.rows, [m for m in network.masks_of if f"{m.layer}.weight" in asked or m.layer in asked]
     else:
@@ -152,3 +152,8 @@ def _filled(study: Study, state: Mapping[str, Any]) -> int:
         if zero is not None and float(zero.float().mean()) >= 0.1:
             found += int((zero & (new != 0)).sum())
     return found
+
+
+def _pattern(text: str, mask: torch.Tensor) -> Pattern:
+    found = parse_pattern(text)
+    return replace(found, size=mask[0, 0].numel()) if isinstance(found, Kernels) else found

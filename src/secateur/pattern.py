@@ -3,6 +3,7 @@
     Free()          any single weight
     NM(2, of=4)     of every 4 inputs in a row 2 stay
     Block(4, 1)     rectangles of 4 outputs x 1 input stay or go as one
+    Kernels()       whole kernels of a convolution, one output x one input channel
 
 A pattern chooses on a matrix (rows: outputs, columns: inputs) of scores that add up: what a weight's removal costs. True
 stays. Choices are exact to the unit; of equal scores the one with the lower index stays. What is left over when a dimension
@@ -83,18 +84,37 @@ class Block:
         return self.rows, self.cols
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """The k x k weights between one input channel and one output stay or go as one; in a linear layer, single weights.
+    `per`: as in `Block`. `size`: weights of a kernel, filled in for each layer."""
+
+    per: Per = "layer"
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        _known(self.per)
+
+    def __str__(self) -> str:
+        return "kernels" + (" per row" if self.per == "row" else "")
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        return 1, self.size
+
+
 def _known(per: object) -> None:
     if per not in ("layer", "row"):
         raise InputError(f"per={per!r} is unknown.\n  Weights are ranked per 'layer' or per 'row'.")
 
 
-Pattern = Free | NM | Block
+Pattern = Free | NM | Block | Kernels
 FREE = Free()
 TURNED, GROUPS = " transposed", " groups "  # said of a weight that is stored inputs first; of a grouped convolution
 
 
 def parse_pattern(text: str) -> Pattern:
-    """`"free"`, `"free/row"`, `"2:4"`, `"4x1"` or `"4x1/row"`; what is said of one weight behind it is passed over.
+    """`"free"`, `"free/row"`, `"2:4"`, `"4x1"`, `"4x1/row"`, `"kernels"` or `"kernels/row"`; what is said of one weight behind it is passed over.
 
     Raises:
         InputError: it is none of these.
@@ -103,11 +123,13 @@ def parse_pattern(text: str) -> Pattern:
     per = per or "layer"
     if name == "free":
         return Free(per)  # type: ignore[arg-type]  # it is checked there
+    if name == "kernels":
+        return Kernels(per)  # type: ignore[arg-type]
     if match := re.fullmatch(r"(\d+):(\d+)", name):
         return NM(int(match[1]), of=int(match[2]))
     if match := re.fullmatch(r"(\d+)x(\d+)", name):
         return Block(int(match[1]), int(match[2]), per)  # type: ignore[arg-type]
-    raise InputError(f"{text!r} is not a pattern.\n  Write free, free/row, 2:4 (2 kept of 4) or 4x1 (blocks of 4 outputs).")
+    raise InputError(f"{text!r} is not a pattern.\n  Write free, free/row, 2:4 (2 kept of 4), 4x1 (blocks of 4 outputs) or kernels.")
 
 
 def written(pattern: Pattern, transposed: bool = False, groups: int = 1) -> str:

@@ -33,7 +33,7 @@ from secateur.measure.checks import check
 from secateur.measure.count import count
 from secateur.measure.proof import require
 from secateur.mend import Progress, Result, study_of
-from secateur.pattern import FREE, NM, Block, Free, Pattern, share, written
+from secateur.pattern import FREE, NM, Block, Free, Kernels, Pattern, share, written
 from secateur.plan import Plan
 from secateur.repair import changed, proven, put_into
 from secateur.repair.layers import find_layers
@@ -50,7 +50,7 @@ class Sparse:
     Attributes:
         keep: the share that stays of the weights of all layers that are made sparse, "10%" or 0.1; None with an N:M pattern.
         by: a method (`secateur.masks.METHODS`). "auto": alps with data, else magnitude.
-        pattern: `Free()`, `NM(2, of=4)` or `Block(4, 1)`.
+        pattern: `Free()`, `NM(2, of=4)`, `Block(4, 1)` or `Kernels()`.
         budget: how much of each layer stays: a name of `secateur.masks.BUDGETS`, or {weight: share}.
         refit: fit the weights that stay, once a layer's mask is known.
         corrected: aim at the dense network's values at the next addition, so that a layer makes up for those before it.
@@ -72,8 +72,8 @@ class Sparse:
         Raises:
             InputError: no share is given, or one beside an N:M pattern, or it is none.
         """
-        if not isinstance(self.pattern, (Free, NM, Block)):
-            raise InputError(f"pattern={self.pattern!r} is no pattern.\n  Pass sc.Free(), sc.NM(2, of=4) or sc.Block(4, 1).")
+        if not isinstance(self.pattern, (Free, NM, Block, Kernels)):
+            raise InputError(f"pattern={self.pattern!r} is no pattern.\n  Pass sc.Free(), sc.NM(2, of=4), sc.Block(4, 1) or sc.Kernels().")
         if isinstance(self.pattern, NM):
             own = Fraction(self.pattern.n, self.pattern.of)
             if self.keep is not None and share(self.keep) != own:

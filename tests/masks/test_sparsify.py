@@ -68,7 +68,7 @@ HOWS = {
     "free": sc.Sparse("30%"), "row": sc.Sparse("30%", "wanda", sc.Free("row")), "2:4": sc.Sparse(pattern=sc.NM(2, of=4), by="sparsegpt"),
     "blocks": sc.Sparse("50%", pattern=sc.Block(4, 1)), "obc": sc.Sparse("40%", "obc"), "ria": sc.Sparse(0.5, "ria", budget="owl"),
     "erk": sc.Sparse("30%", budget="erk"), "plain": sc.Sparse("30%", "sparsegpt", refit=False, corrected=False),
-    "wide blocks": sc.Sparse("50%", pattern=sc.Block(2, 4)),
+    "wide blocks": sc.Sparse("50%", pattern=sc.Block(2, 4)), "kernels": sc.Sparse("40%", pattern=sc.Kernels()),
 }  # fmt: skip
 
 
@@ -82,6 +82,9 @@ def test_masks_are_exact_and_the_model_given_is_unchanged(net, name):
     for key, stays in plan.weights.items():
         assert not state[key][~stays].any() and not (torch.signbit(state[key]) & (state[key] == 0)).any()
         assert parse_pattern(plan.patterns[key]) == HOWS[name].pattern
+    if name == "kernels":
+        inner = plan.weights["inner.weight"].flatten(2).sum(2)
+        assert set(inner.unique().tolist()) == {0, 9} and int((inner == 9).sum()) == int(16 * 16 * 0.4)
     if name == "free":
         assert {k: int(m.sum()) for k, m in plan.weights.items()} == {k: _share(net, k, Fraction(3, 10)) for k in plan.weights}
     assert result.plan.why["kept"] == sum(int(m.sum()) for m in plan.weights.values())
@@ -135,7 +138,7 @@ def test_same_seed_same_bytes(net):
 
 
 # ------------------------------------------------------------ saved
-@pytest.fixture(scope="module", params=["free", "2:4", "blocks", "wide blocks"])
+@pytest.fixture(scope="module", params=["free", "2:4", "blocks", "wide blocks", "kernels"])
 def folder(request, net, tmp_path_factory):
     result = sc.sparsify(net, ARGS, HOWS[request.param], batches())
     return sc.save(result, tmp_path_factory.mktemp("masks") / "out"), result
@@ -189,10 +192,9 @@ def test_a_negative_zero_is_found(folder, tmp_path):
     assert verify(new).problems == ("fc.weight: 1 zeros are -0",)
 
 
+@pytest.mark.parametrize("folder", ["2:4", "blocks", "wide blocks", "kernels"], indirect=True)
 def test_an_illegal_group_is_found(folder, tmp_path):
     path, result = folder
-    if result.plan.patterns["inner.weight"] == "free":
-        pytest.skip("every mask is legal where any weight may go")
     new, document = rewritten(path, lambda tensors: None, tmp_path)
     plan = sc.Plan.from_json(document["plan"])
     stays = plan.weights["inner.weight"].clone()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.masks.problem import Problem, Solution, masked
-from secateur.pattern import Block, Free
+from secateur.pattern import Block, Free, Kernels
 
 RIA_POWER = 0.5  # of the norm of the input
 
@@ -53,6 +53,6 @@ def relative(w: Tensor) -> Tensor:
 
 def _by_row(p: Problem, score: Tensor) -> Solution:
     """These papers compare the weights of one output with each other."""
-    if isinstance(p.pattern, (Free, Block)):
+    if isinstance(p.pattern, (Free, Block, Kernels)):
         p = replace(p, pattern=replace(p.pattern, per="row"))
     return masked(p.w, p.choose(score))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
@@ -13,7 +13,7 @@ from secateur.errors import InputError, PlanError
 from secateur.masks.budgets import BUDGETS, Budget, Weight
 from secateur.masks.network import Asked, columns, ignored
 from secateur.masks.problem import Problem
-from secateur.pattern import NM, Pattern, share, whole
+from secateur.pattern import NM, Kernels, Pattern, share, whole
 from secateur.repair.layers import Layer, find_layers
 from secateur.trace import Graph
 
@@ -48,6 +48,8 @@ def select(graph: Graph, state: Mapping[str, Tensor], pattern: Pattern) -> Selec
             continue
         if layer.why_not:
             chosen.left[layer.name] = layer.why_not
+        elif isinstance(pattern, Kernels):
+            chosen.layers[layer.weight] = layer  # whole in every convolution
         elif not all(whole(pattern, (rows, cols))) or (pattern.unit[1] > places):
             r, c = pattern.unit
             chosen.left[layer.name] = f"the pattern {pattern} needs {r} outputs and {c} inputs in a row at least"
@@ -92,7 +94,8 @@ def spread(
             f"the budget says nothing of {odd[0]!r}, or it is no layer that can be made sparse.\n"
             f"  Give a share for each of the {len(chosen.layers)} layers."
         )
-    return {n: Asked(pattern, part) for n, part in found.items()}
+    own = {n: replace(pattern, size=x.kernel) if isinstance(pattern, Kernels) else pattern for n, x in chosen.layers.items()}
+    return {n: Asked(own[n], part) for n, part in found.items()}
 
 
 def mask_alone(layer: Layer, weight: Tensor, asked: Asked) -> Tensor:
