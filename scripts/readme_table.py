@@ -46,61 +46,65 @@ def resnet56(data: dict[str, Any]) -> Rows:
 
 
 def no_training(folder: Path) -> Rows:
-    """benchmarks/results/no_training/TASK.jsonl: mean and standard deviation over the seeds beside the best of the others."""
+    """benchmarks/results/no_training/TASK.jsonl: a line per network, at each ratio the mean over the seeds beside the best of the others."""
     for path in sorted(folder.glob("*.jsonl")):
         rows = [row for line in path.read_text().splitlines() if "error" not in (row := json.loads(line))]
         dense = next((row for row in rows if row["method"] == "dense"), {})
         metric = next((m for m in ("top1", "cosine", "perplexity") if m in dense), "top1")
+        cells = []
         for ratio in sorted({row["ratio"] for row in rows if row["method"] == "ours"}):
-            by_method: dict[str, list[float]] = {}
-            for row in rows:
-                if row["ratio"] == ratio and "/" not in row["method"]:
-                    by_method.setdefault(row["method"], []).append(row[metric])
+            by_method = _by_method(rows, ratio, metric)
             ours = by_method.pop("ours")
             by_method.pop("ours_layers", None)
-            spread = f" ± {statistics.stdev(ours):.2f}" if len(ours) > 1 else ""
             better = min if metric == "perplexity" else max
-            others = [(statistics.fmean(v), m.replace("_", " ")) for m, v in by_method.items()]
-            beside = "; best other method that was run: {1} {0:.2f}".format(*better(others)) if others else ""
-            yield (
-                f"no training, {path.stem} {ratio} ({metric}, {len(ours)} seeds)",
-                f"**{statistics.fmean(ours):.2f}{spread}** (dense {dense.get(metric, math.nan):.2f}{beside})",
-            )
+            others = [(statistics.fmean(v), m.replace("_", " ")) for m, v in by_method.items() if "/" not in m]
+            beside = " ({1} {0:.2f})".format(*better(others)) if others else ""
+            cells.append(f"{ratio} **{_spread(ours)}**{beside}")
+        if cells:
+            yield f"no training, {path.stem}, {metric}, dense {dense.get(metric, math.nan):.2f} (best of the others)", ", ".join(cells)
 
 
 def masks(folder: Path) -> Rows:
-    """benchmarks/results/masks/TASK.jsonl: single weights, the default beside SparseGPT and magnitude."""
+    """benchmarks/results/masks/TASK.jsonl: a line per network, the default beside SparseGPT or magnitude at each sparsity."""
     for path in sorted(folder.glob("*.jsonl")):
         rows = [row for line in path.read_text().splitlines() if "error" not in (row := json.loads(line))]
         metric = next(m for m in ("top1", "perplexity") if m in rows[0])
-        for point in dict.fromkeys(row["ratio"] for row in rows if row["method"] == "alps, ours"):
-            by_method: dict[str, list[float]] = {}
-            for row in rows:
-                if row["ratio"] == point:
-                    by_method.setdefault(row["method"], []).append(row[metric])
-            ours = by_method["alps, ours"]
-            spread = f" ± {statistics.stdev(ours):.2f}" if len(ours) > 1 else ""
-            others = [m for m in ("sparsegpt", "sparsegpt + BN", "magnitude + BN", "magnitude") if m in by_method]
+        cells = []
+        for point in sorted({row["ratio"] for row in rows if row["method"] == "alps, ours"}):
+            by_method = _by_method(rows, point, metric)
+            others = [m for m in ("sparsegpt + BN", "sparsegpt", "magnitude + BN", "magnitude") if m in by_method]
             beside = [f"{m} {statistics.fmean(by_method[m]):.2f}" for m in others]
-            seeds = f"{len(ours)} seed{'s' if len(ours) > 1 else ''}"
-            yield (
-                f"no training, {path.stem}, single weights, {point} ({metric}, {seeds})",
-                f"**{statistics.fmean(ours):.2f}{spread}** ({', '.join(beside)})",
-            )
+            cells.append(f"{point} **{_spread(by_method['alps, ours'])}**" + (f" ({beside[0]})" if beside else ""))
+        if cells:
+            yield f"no training, {path.stem}, single weights gone, {metric}", ", ".join(cells)
+
+
+def _by_method(rows: list[dict[str, Any]], ratio: str, metric: str) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["ratio"] == ratio:
+            found.setdefault(row["method"], []).append(row[metric])
+    return found
+
+
+def _spread(values: list[float]) -> str:
+    """Mean ± sample standard deviation; a single seed is said to be one."""
+    if len(values) == 1:
+        return f"{values[0]:.2f} (1 seed)"
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def speed(data: dict[str, Any]) -> Rows:
     """benchmarks/results/speed.json: seconds to trace, plan and cut."""
+    cells = []
     for row in data["side_by_side"]:
         ours, theirs = row["secateur"], row["torch_pruning"]
-        yield (
-            f"trace, plan and cut {row['model']} to half of its MACs",
-            f"{ours['all']:.2f} s, of it {ours['export']:.2f} s torch.export (Torch-Pruning: one step {theirs['all']:.2f} s, "
-            f"search for the ratio that gives half {theirs['search']:.2f} s)",
+        cells.append(
+            f"{row['model']} {ours['all']:.2f} s, of it {ours['export']:.2f} s torch.export (Torch-Pruning: one step {theirs['all']:.2f} s, "
+            f"search for the ratio {theirs['search']:.2f} s)"
         )
-    alone = [f"{row['model']} {row['seconds']['all']:.2f} s" for row in data["alone"] if "seconds" in row]
-    if alone:
-        yield "the same alone (Llama: traced and planned)", ", ".join(alone)
+    cells += [f"{row['model']} {row['seconds']['all']:.2f} s" for row in data["alone"] if "seconds" in row]
+    yield "trace, plan and cut to half of the MACs (Llama: traced and planned)", "; ".join(cells)
 
 
 SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
