@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from secateur.repair.least_squares import Repair
 
 USED = "gauss-newton"
+FEW = 12  # branches up to which each is fitted, however much it overlaps with others
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ def branches(repair: Repair) -> list[Waiting]:
 
 
 def _spread(found: list[Waiting]) -> list[Waiting]:
-    """Of branches that overlap those that bring half of `LAYERS` with them, and the last: a layer is fitted once or twice."""
+    """All branches of a small network. Of a large one, those of overlapping branches that bring half of `LAYERS` with them, and the
+    last: a layer is fitted once or twice."""
+    if len(found) <= FEW:
+        return found
     chosen: list[Waiting] = []
     for w in found:
         before = {x.node for c in chosen for x in c.branch.layers}
