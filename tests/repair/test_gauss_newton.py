@@ -6,9 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateur.plan import Plan
-from secateur.repair import changed, put_into
+from secateur.repair import changed, put_into, refit
 from secateur.repair import gauss_newton as gn
-from secateur.repair import refit
 from secateur.repair.branch import Narrow, find_branch
 from secateur.repair.fit import LayerRepair
 from secateur.repair.layers import find_layers
