@@ -18,7 +18,7 @@ from secateur.budget.between import between
 from secateur.errors import InputError, TargetError
 from secateur.measure import peak_bytes
 from secateur.plan import Cost, Plan
-from secateur.prune import prune
+from secateur.prune import _not_arithmetic, prune
 from secateur.reach import Options, reach
 from secateur.trace import trace
 
@@ -377,3 +377,10 @@ def test_between_two_plans(net):
         assert sum(int(m.sum()) for m in made.keep.values()) == sum(int(m.sum()) for m in smaller.keep.values()) + round(t * extra)
         before = made
     assert all(torch.equal(m, larger.keep[n] | smaller.keep[n]) for n, m in made.keep.items())
+
+
+def test_a_cut_far_deeper_than_the_time_it_saves_is_told():
+    row = {"target": "Latency(at_most='70%')", "figure": "latency", "ratio": 0.66}
+    (note,) = _not_arithmetic([row], 0.007)
+    assert "66 % of the time is left with 0.7 % of the multiply-accumulates" in note
+    assert not _not_arithmetic([row], 0.4) and not _not_arithmetic([{**row, "figure": "macs"}], 0.007)

@@ -102,6 +102,16 @@ def _is_random(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool
     return not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True) if isinstance(x, torch.Tensor))
 
 
+def _not_arithmetic(rows: Sequence[Mapping[str, Any]], macs: float) -> list[str]:
+    """What is to be said where a latency was only reached by a cut far deeper than the time it saved."""
+    return [
+        f"{row['target']}: {100 * row['ratio']:.0f} % of the time is left with {100 * macs:.1f} % of the multiply-accumulates, so most of the "
+        "time is not spent on arithmetic, and pruning buys little here: use a larger batch, another runtime, or a looser budget"
+        for row in rows
+        if row["figure"] == "latency" and macs < row["ratio"] / 4
+    ]
+
+
 def _kept_promise(targets: Sequence[Target | MeasuredTarget], before: Cost, after: Cost) -> None:
     """Of what is counted; what is measured was held against its budget where it was measured."""
     for t in targets:
@@ -213,6 +223,7 @@ class Work:
             notes.append("every output is 0 on these inputs (a zero-initialised last layer?), so the proof compared zeros")
         _kept_promise(targets, before, after)
         plan = replace(done.plan, why={**done.plan.why, "achieved": achieved(targets, before, after, done.plan)})
+        notes += _not_arithmetic(plan.why["achieved"], after.macs / max(1, before.macs))
         if after != plan.after:
             notes.append(f"the plan predicted {plan.after}, the cut model counts {after}: an op without a rule takes part")
         return Result(done.cut.model, plan, done.proof, before, after, done.graph, done.cut, notes, self.model, study=done.study)
