@@ -28,7 +28,7 @@ from secateur.sparsify import Sparse
 from secateur.stream.verify import is_stream, verify_stream
 
 
-def mask(  # noqa: PLR0913  # as above
+def mask(  # noqa: PLR0913  # a command's parameters are its options
     context: typer.Context,
     model: Model,
     keep: Annotated[str | None, typer.Option(help="Share of the weights that stays, 10% or 0.1; an N:M pattern has its own.")] = None,
@@ -39,8 +39,8 @@ def mask(  # noqa: PLR0913  # as above
     stream: Annotated[bool, typer.Option("--stream", help=(
         "Of hf/FOLDER: block by block from shards to shards, in the memory of about one block; goes on after a kill."
     ))] = False,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of text at most.")] = 128,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    samples: Annotated[int, typer.Option(min=1, help="With --stream: windows of text at most.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="With --stream: tokens of a window.")] = 2048,
     at_once: Annotated[bool, typer.Option("--at-once", help="With --stream: one pass for each block; quicker, a little less exact.")] = False,
     data: Source = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the result.")] = None,

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from secateur.calibrate import batches
-from secateur.errors import DataError, InputError
-from secateur.masks import Asked, LayerMask, Means, solved
+from secateur.errors import DataError, InputError, ProofError
+from secateur.masks import Asked, LayerMask, Means, solved, wrong_zeros
 from secateur.measure.proof import Proof, require
-from secateur.pattern import Kernels, Pattern, parse_pattern
+from secateur.pattern import of_kernel, parse_pattern
 from secateur.plan import Cost, Plan
 from secateur.repair import FITTED, HOW, LayerRepair, Study, batch_norm_statistics, changed, proven, put_into
 from secateur.surgery import Cut
@@ -109,7 +109,7 @@ def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
     if study is None or study.data is not data:
         study = study_of(dense, graph, data, result.plan.why.get("seed", 0), say)
     if result.plan.weights:
-        asked = {n: Asked(_pattern(result.plan.patterns[n], m), stays=m) for n, m in result.plan.weights.items()}
+        asked = {n: Asked(of_kernel(parse_pattern(result.plan.patterns[n]), m[0, 0].numel()), stays=m) for n, m in result.plan.weights.items()}
         network = solved(study, asked, Means(None), study.seed, say)
         state, rows, result.masks = network.state, network.rows, [m for m in network.masks_of if f"{m.layer}.weight" in asked or m.layer in asked]
     else:
@@ -120,6 +120,8 @@ def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
     try:
         put_into(result.model, graph, keep, new)
         require(proven(dense, graph, keep, result.model, new), f"{type(dense).__name__}, repaired")
+        if wrong := wrong_zeros(state_of(result.model), result.plan.weights):
+            raise ProofError(f"{wrong[0]}.\n  Nothing was changed. This is a fault of secateur: please report the model.")
     except BaseException:  # an interrupt too leaves the model as it was cut
         with torch.no_grad():
             for name, tensor in state_of(result.model).items():
@@ -152,8 +154,3 @@ def _filled(study: Study, state: Mapping[str, Any]) -> int:
         if zero is not None and float(zero.float().mean()) >= 0.1:
             found += int((zero & (new != 0)).sum())
     return found
-
-
-def _pattern(text: str, mask: torch.Tensor) -> Pattern:
-    found = parse_pattern(text)
-    return replace(found, size=mask[0, 0].numel()) if isinstance(found, Kernels) else found

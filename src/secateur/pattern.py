@@ -13,7 +13,7 @@ cannot be divided into groups or blocks stays whole.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -141,8 +141,8 @@ def written(pattern: Pattern, transposed: bool = False, groups: int = 1) -> str:
     )
 
 
-def share(keep: str | float | Fraction) -> Fraction:
-    """The share of weights that stays: "10%", 0.1 or a fraction, as an exact number.
+def share(keep: str | float | Fraction, dense: bool = False) -> Fraction:
+    """The share of weights that stays: "10%", 0.1 or a fraction, as an exact number. `dense`: all of them is a share too.
 
     Raises:
         InputError: it is not a number, or does not lie above 0 and below 1.
@@ -154,12 +154,17 @@ def share(keep: str | float | Fraction) -> Fraction:
             raise ValueError
     except (ValueError, ZeroDivisionError):
         raise InputError(f"keep={keep!r} is not a share.\n  Write '10%' or 0.1: the share of the weights that stays.") from None
-    if not 0 < value < 1:
+    if not (0 < value < 1 or (dense and value == 1)):
         raise InputError(
             f"keep={keep!r} is {float(100 * value):g} % of the weights; a share lies above 0 and below 100 %.\n"
             "  It is what stays: keep='10%' makes nine of ten weights zero."
         )
     return value
+
+
+def of_kernel(pattern: Pattern, size: int) -> Pattern:
+    """The pattern as it stands in a layer with kernels of so many weights."""
+    return replace(pattern, size=size) if isinstance(pattern, Kernels) else pattern
 
 
 def whole(pattern: Pattern, shape: tuple[int, int]) -> tuple[int, int]:

@@ -21,7 +21,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=
 Weights = Annotated[str | None, typer.Option(help="Safetensors, or a state dict without code in it.")]
 Inputs = Annotated[list[str] | None, typer.Option("--input", help="Shape of an input, 1x3x224x224; repeatable.")]
 Source = Annotated[str | None, typer.Option("--data", metavar="DATA", help=(
-    "digits, imagefolder:DIR, npz:FILE, safetensors:FILE or pkg.mod:function"
+    "digits, imagefolder:DIR, npz:FILE, safetensors:FILE or pkg.mod:function; with mask --stream text:FILE"
 ))]  # fmt: skip
 Ignore = Annotated[list[str] | None, typer.Option(help="Module, parameter or group that keeps its shape; repeatable.")]
 Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of random weights, random scores and the split of the data.")]

@@ -139,6 +139,8 @@ def mask(model: nn.Module, args: tuple, plan: Plan, kwargs: Mapping[str, Any] | 
     check(model, args, kwargs)
     if not plan.weights:
         raise PlanError("this plan names no single weights.\n  cut() carries it out; plans of weights come from sparsify(), or Plan(..., weights=).")
+    if plan.removed:
+        raise PlanError(f"this plan removes units too ({next(iter(plan.removed))!r}).\n  Cut first, then mask what that leaves.")
     for name, stays in plan.weights.items():
         if name not in state or state[name].shape != stays.shape:
             have = tuple(state[name].shape) if name in state else "missing"

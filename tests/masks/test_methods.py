@@ -169,3 +169,13 @@ def test_what_cannot_be_solved_is_refused():
 def test_relative_importance():
     w = torch.tensor([[3.0, -1.0], [1.0, 0.0]])
     assert torch.allclose(relative(w), torch.tensor([[3 / 4 + 3 / 4, 1 / 1 + 1 / 4], [1 / 4 + 1 / 1, 0.0]]))
+
+
+def test_weights_that_stay_are_as_they_were_even_of_inputs_that_were_always_zero():
+    """N:M must keep some of a group whose inputs were all zero in the calibration; other data may not be."""
+    p = small(rows=4, cols=8, pattern=NM(2, of=4), keep=Fraction(1, 2))
+    h = p.h.clone()
+    h[:4], h[:, :4] = 0.0, 0.0
+    for name in ("wanda", "ria"):
+        got = METHODS[name].function(replace(p, h=h))
+        assert torch.equal(got.w[got.stays], p.w[got.stays]) and got.stays[:, :4].any()

@@ -352,3 +352,13 @@ def test_plans_and_options_that_cannot_be_meant(net):
     assert given["first.weight"].all() and int(given["fc.weight"].sum()) == 16 * 24 // 5
     with pytest.raises(InputError, match="is for cuts"):
         sc.mend(sc.mask(net, ARGS, plan), batches(), "bias")
+
+
+def test_a_cut_is_no_mask_and_a_mask_no_cut(net):
+    plan, graph = sc.sparsify(net, ARGS, sc.Sparse("30%")).plan, sc.trace(net, ARGS)
+    with pytest.raises(PlanError, match=r"mask\(\) carries it out"):
+        sc.cut(net, graph, plan)
+    name = next(iter(plan.keep))
+    keep = {**plan.keep, name: torch.arange(len(plan.keep[name])) > 0}
+    with pytest.raises(PlanError, match="removes units too"):
+        sc.mask(net, ARGS, sc.Plan(keep, plan.before, plan.after, {}, plan.weights, plan.patterns))

@@ -366,3 +366,31 @@ def test_models_that_cannot_be_streamed_are_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="is there already"):
         stream(source, tmp_path / "link").run(QUIET)
+
+
+def test_zeros_that_were_there_stay_in_a_second_run(tmp_path):
+    source = nets.folder(tmp_path / "dense", nets.made())
+    stream(source, tmp_path / "half").run(QUIET)
+    stream(tmp_path / "half", tmp_path / "again", replace(RULE, pattern=NM(3, of=4), refit=True)).run(QUIET)  # has room for some of them
+    first, second = (nets.loaded(tmp_path / n).state_dict() for n in ("half", "again"))
+    for name, w in second.items():
+        if name.endswith(("q.weight", "down.weight")):
+            assert not (w[first[name] == 0] != 0).any() and bool(w.any()) and not torch.equal(w, first[name])
+
+
+def test_a_stored_buffer_of_another_shape_is_refused(tmp_path):
+    source = nets.folder(tmp_path / "dense", text_of_shifted())
+    file = source / json.loads((source / "model.safetensors.index.json").read_text())["weight_map"][name := "layers.0.shift"]
+    save_file({**load_file(file), name: torch.ones(1)}, file)
+    with pytest.raises(ModelError, match=r"layers\.0\.shift is \(1,\)"):
+        Stream(Skeleton(text_of_shifted, Shards.of(source)), nets.feeds(), RULE, tmp_path / "out", False, {}).run(QUIET)
+
+
+def test_an_error_that_is_kept_does_not_keep_the_folder_locked(tmp_path, monkeypatch):
+    source = nets.folder(tmp_path / "dense", nets.made())
+    held = stream(source, tmp_path / "out")  # as a notebook holds it
+    monkeypatch.setattr(run_module, "block_calls", lambda *_: (_ for _ in ()).throw(ModelError("once")))
+    with pytest.raises(ModelError, match="once"):
+        held.run(QUIET)
+    monkeypatch.undo()
+    assert stream(source, tmp_path / "out").run(QUIET).blocks == 3

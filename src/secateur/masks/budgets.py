@@ -8,11 +8,13 @@
     atp       sparsity_l = S + beta (l - (L - 1) / 2): later layers lose more    (2025, "Determining Layer-wise Sparsity for LLMs
               Through a Theoretical Perspective")
 
-All give {name: share}, exact fractions; `floor(share * size)` weights stay, and their sum is at most what was asked for.
+All give {name: share}, exact fractions; `floor(share * size)` weights stay, one at least of each layer, and but for those their sum is
+at most what was asked for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -56,10 +58,7 @@ def erk(weights: Weights, keep: Fraction) -> Budget:
     """Small layers keep more: density in proportion to (sum of dimensions) / (their product), at most all."""
     raw: dict[str, float] = {}
     for n, x in weights.items():
-        product = 1
-        for d in x.shape:
-            product *= d
-        raw[n] = sum(x.shape) / product
+        raw[n] = sum(x.shape) / math.prod(x.shape)
     return spent(raw, weights, keep)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from secateur.pattern import GROUPS, NM, TURNED, Kernels, legal, parse_pattern
+from secateur.pattern import GROUPS, NM, TURNED, Kernels, legal, of_kernel, parse_pattern
 
 
 def wrong_zeros(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> list[str]:
@@ -29,12 +28,10 @@ def illegal(masks: Mapping[str, Tensor], patterns: Mapping[str, str], at_most: b
     values, of which some that stay may be 0, so a block may hold zeros."""
     found = []
     for name, stays in masks.items():
-        pattern = parse_pattern(patterns[name])
+        pattern = of_kernel(parse_pattern(patterns[name]), stays[0, 0].numel())
         if at_most and not isinstance(pattern, NM):
             continue
         stays = stays.t() if patterns[name].endswith(TURNED) else stays
-        if isinstance(pattern, Kernels):
-            pattern = replace(pattern, size=stays[0, 0].numel())
         places_first = stays.dim() > 2 and pattern.unit[1] > 1 and not isinstance(pattern, Kernels)
         rows = stays.flatten(2).transpose(1, 2).reshape(len(stays), -1) if places_first else stays.flatten(1)
         groups = int(patterns[name].partition(GROUPS)[2] or 1)

@@ -7,9 +7,9 @@ G the dense least-squares fit to that target, the mask and its weights minimise 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from secateur.calibrate.moments import Moments
 from secateur.masks.methods import Solve
-from secateur.masks.problem import DAMP, Problem, masked
+from secateur.masks.problem import Problem, masked
 from secateur.masks.refit import refit
 from secateur.measure.run import at_rest
 from secateur.pattern import FREE, NM, Block, Pattern, whole
@@ -30,7 +30,7 @@ from secateur.repair.study import FEW, Study
 from secateur.repair.target import Target
 from secateur.trace import Graph
 from secateur.trace.call import bind
-from secateur.trace.tracer import prefixes
+from secateur.trace.tracer import named_by
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,11 @@ class Means:
         solve: of `secateur.masks.methods`; None where all masks are given.
         refit: fit the weights that stay, once the mask is known.
         corrected: aim at what the dense network has at the next addition; else at the layer's own output, with its own weights.
-        damp: see `Problem`.
     """
 
     solve: Solve | None
     refit: bool = True
     corrected: bool = True
-    damp: float = DAMP
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,7 @@ class LayerMask:
 
     @property
     def size(self) -> int:
-        n = 1
-        for s in self.shape:
-            n *= s
-        return n
+        return math.prod(self.shape)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -114,7 +109,7 @@ class MaskedNetwork(Repair):
     def _wanted(self, layer: Layer) -> bool:
         if layer.weight in self.asked:
             return True
-        return layer.source in self.affected and not ignored(self.graph, layer.weight)
+        return layer.source in self.affected and not named_by(layer.weight, self.graph.ignored)
 
     def _decide(self, layer: Layer, sample: Sample) -> None:
         if layer.weight not in self.asked:
@@ -155,7 +150,7 @@ class MaskedNetwork(Repair):
         for g in range(len(a)):
             h = a[g][order][:, order]
             may = own[g][:, order] if own is not None else None
-            p = Problem(goal.w[g][:, order], h, asked.pattern, asked.keep, may, means.damp, layer.name)
+            p = Problem(goal.w[g][:, order], h, asked.pattern, asked.keep, may, name=layer.name)
             if given is not None:
                 found = masked(p.w, given[g][:, order])
             else:
@@ -183,11 +178,6 @@ def _behind(network: MaskedNetwork) -> set[fx.Node]:
     return found
 
 
-def ignored(graph: Graph, name: str) -> bool:
-    """Whether a weight was named by `ignore=` when the graph was traced."""
-    return any(fnmatchcase(p, one) for one in graph.ignored for p in prefixes(name))
-
-
 def columns(layer: Layer, pattern: Pattern, features: int) -> Tensor:
     """The order of a layer's columns in which a pattern counts inputs in a row: input channels at one place of the kernel."""
     if layer.window and (isinstance(pattern, NM) or (isinstance(pattern, Block) and pattern.cols > 1)):
@@ -206,7 +196,7 @@ def _sparse_already(study: Study, asked: Mapping[str, Asked]) -> dict[str, Asked
     found = {}
     for layer in find_layers(study.chunks.graph):
         zero = study.state[layer.weight] == 0
-        left = layer.why_not or ignored(study.chunks.graph, layer.weight)
+        left = layer.why_not or named_by(layer.weight, study.chunks.graph.ignored)
         if layer.weight not in asked and not left and bool(zero.any()):
             found[layer.weight] = Asked(FREE, stays=~zero)
     return found

@@ -31,8 +31,8 @@ def wanda(p: Problem) -> Solution:
     Raises:
         DataError: nothing is known of the inputs.
     """
-    p = p.without_dead()
-    return _by_row(p, p.w.square() * p.gram.diagonal())
+    live = p.without_dead()
+    return _by_row(p, live.w.square() * live.gram.diagonal())
 
 
 def ria(p: Problem) -> Solution:
@@ -41,8 +41,8 @@ def ria(p: Problem) -> Solution:
     Raises:
         DataError: nothing is known of the inputs.
     """
-    p = p.without_dead()
-    return _by_row(p, (relative(p.w) * p.gram.diagonal().clamp_min(0).pow(RIA_POWER / 2)).square())
+    live = p.without_dead()
+    return _by_row(p, (relative(live.w) * live.gram.diagonal().clamp_min(0).pow(RIA_POWER / 2)).square())
 
 
 def relative(w: Tensor) -> Tensor:

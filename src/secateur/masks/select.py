@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from secateur.errors import InputError, PlanError
 from secateur.masks.budgets import BUDGETS, Budget, Weight
-from secateur.masks.network import Asked, columns, ignored
+from secateur.masks.network import Asked, columns
 from secateur.masks.problem import Problem
-from secateur.pattern import NM, Kernels, Pattern, share, whole
+from secateur.pattern import NM, Kernels, Pattern, of_kernel, share, whole
 from secateur.repair.layers import Layer, find_layers
 from secateur.trace import Graph
+from secateur.trace.tracer import named_by
 
 
 @dataclass
@@ -44,7 +45,7 @@ def select(graph: Graph, state: Mapping[str, Tensor], pattern: Pattern) -> Selec
     for layer in find_layers(graph):
         rows, cols = (int(s) for s in layer.matrix(state[layer.weight]).shape[1:])
         places = cols // layer.kernel if layer.window else cols
-        if ignored(graph, layer.weight):
+        if named_by(layer.weight, graph.ignored):
             continue
         if layer.why_not:
             chosen.left[layer.name] = layer.why_not
@@ -59,7 +60,7 @@ def select(graph: Graph, state: Mapping[str, Tensor], pattern: Pattern) -> Selec
             chosen.layers[layer.weight] = layer
     known = {x.weight for x in find_layers(graph)}
     for name in sorted(graph.capture.trainable - known - set(graph.capture.aliases)):
-        if name in state and state[name].dim() > 1 and not ignored(graph, name):
+        if name in state and state[name].dim() > 1 and not named_by(name, graph.ignored):
             chosen.left[name] = "they are no linear layers or convolutions whose inputs can be followed"
     if not chosen.layers:
         said = "; ".join(chosen.notes()) or "it has no linear layer and no convolution with a weight of its own"
@@ -88,14 +89,13 @@ def spread(
             weights[n] = Weight(w.reshape(-1, w.shape[-1]), tuple(state[n].shape), seen.get(n))
         found: Budget = BUDGETS[budget](weights, keep)
     else:
-        found = {n: Fraction(1) if str(given) in ("1", "1.0", "100%") else share(given) for n, given in budget.items()}
+        found = {n: share(given, dense=True) for n, given in budget.items()}
     if odd := sorted(found.keys() ^ chosen.layers.keys()):
         raise InputError(
             f"the budget says nothing of {odd[0]!r}, or it is no layer that can be made sparse.\n"
             f"  Give a share for each of the {len(chosen.layers)} layers."
         )
-    own = {n: replace(pattern, size=x.kernel) if isinstance(pattern, Kernels) else pattern for n, x in chosen.layers.items()}
-    return {n: Asked(own[n], part) for n, part in found.items()}
+    return {n: Asked(of_kernel(pattern, chosen.layers[n].kernel), part) for n, part in found.items()}
 
 
 def mask_alone(layer: Layer, weight: Tensor, asked: Asked) -> Tensor:
@@ -104,5 +104,5 @@ def mask_alone(layer: Layer, weight: Tensor, asked: Asked) -> Tensor:
     order = columns(layer, asked.pattern, w.shape[-1])
     stays = torch.zeros(w.shape, dtype=torch.bool)
     for g in range(len(w)):
-        stays[g][:, order] = Problem(w[g][:, order], None, asked.pattern, asked.keep, None, 0.0, layer.name).choose(w[g][:, order].square())
+        stays[g][:, order] = Problem(w[g][:, order], None, asked.pattern, asked.keep, name=layer.name).choose(w[g][:, order].square())
     return layer.stored(stays, stays.new_empty(weight.shape))

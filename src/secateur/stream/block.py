@@ -95,7 +95,8 @@ def solve(name: str, weight: Tensor, gram: Tensor | None, tokens: int, rule: Rul
     dtype = torch.float64 if weight.shape[1] <= EXACT else torch.float32
     w = weight.to(dtype)
     h = None if gram is None else gram.to(dtype)
-    p = Problem(w, h, rule.pattern, rule.keep, name=f"layer {name!r}")
+    there = weight != 0
+    p = Problem(w, h, rule.pattern, rule.keep, None if bool(there.all()) else there, name=f"layer {name!r}")  # zeros that were there stay
     if h is None or tokens == 0:  # an expert that no token reached: nothing is known but its weights
         stays = p.choose(w.square())
         new, damped, why = torch.where(stays, w, 0.0), 0.0, "no calibration token reached it: the largest weights stay"
@@ -143,5 +144,3 @@ def in_order(block: nn.Module, layers: Mapping[str, nn.Module], call: Call) -> l
             done.add(name)
     rest = [[n] for n in layers if n not in done]
     return [*groups.values(), *rest]
-
-

@@ -29,7 +29,7 @@ from secateur.stream.block import Rule, grams, in_order, linears, matrix, orient
 from secateur.stream.calls import put_together, read, taken_apart
 from secateur.stream.shards import INDEX, pieces, write, write_text
 from secateur.stream.skeleton import Skeleton, block_calls, put
-from secateur.trace.tracer import prefixes
+from secateur.trace.tracer import named_by, prefixes
 
 MARK, PROGRESS, LOCK = "secateur.json", "progress.json", "lock"
 FORMAT = "secateur-stream/1"
@@ -76,6 +76,7 @@ class Stream:
             "shards": skeleton.shards.facts(), "feeds": _hash_of(feeds), **settings,
         })  # fmt: skip
         self.done: list[dict[str, Any]] = []
+        self.lock: Any = None
 
     def run(self, say: Callable[[str], None]) -> Streamed:
         """
@@ -84,6 +85,13 @@ class Stream:
             DataError: no sample, or one that gives numbers that are not finite.
             ModelError, FormatError: shards that are missing or damaged; a disk that is full. What was done is kept.
         """
+        try:
+            return self._run(say)
+        finally:
+            if self.lock is not None:  # a notebook keeps what an error was raised in
+                self.lock.close()
+
+    def _run(self, say: Callable[[str], None]) -> Streamed:
         result = Streamed(self.out, depth=self.skeleton.depth)
         self._begin()
         for index in range(len(self.done), self.skeleton.depth):
@@ -107,7 +115,7 @@ class Stream:
             self.scratch.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FormatError(f"{self.work} could not be made: {error.strerror}.\n  Choose another place for the result.") from error
-        self._lock = alone(self.work)
+        self.lock = alone(self.work)
         if (self.work / PROGRESS).is_file():
             self._go_on()
             return
@@ -141,7 +149,7 @@ class Stream:
             raise PlanError(f"no linear layer in {self.skeleton.blocks} fits the pattern {self.rule.pattern}.\n  Choose another, or ignore fewer.")
 
     def _ignored(self, name: str) -> bool:
-        return any(fnmatchcase(p, one) for one in self.rule.ignore for p in prefixes(f"{name}.weight"))
+        return named_by(f"{name}.weight", self.rule.ignore)
 
     def _go_on(self) -> None:
         """Take up a run that was interrupted: everything it needs is there, and is what it wrote."""

@@ -50,7 +50,6 @@ class Skeleton:
         self.shards = shards
         self.prefix = self._prefix()
         self.blocks = _longest_list(self.model)
-        self._held: list[nn.Module] = []
 
     def _prefix(self) -> str:
         own = [n for n, _ in self.model.named_parameters()]
@@ -81,7 +80,10 @@ class Skeleton:
         for n, buffer in module.named_buffers(recurse=not own):
             key = self.stored(f"{path}.{n}" if path else n)
             if key in self.shards.files:  # what is not stored was made with the model
-                buffer.copy_(self.shards.read([key])[key].to(buffer.dtype))
+                value = self.shards.read([key])[key]
+                if value.shape != buffer.shape:
+                    raise ModelError(f"{key} is {tuple(value.shape)} in {self.shards.folder}, {tuple(buffer.shape)} by its config.\n  Copy it again.")
+                buffer.copy_(value.to(buffer.dtype))
         names = [n for n, _ in module.named_parameters(recurse=not own)]
         read = self.shards.read([self.stored(f"{path}.{n}" if path else n) for n in names])
         for n, (key, value) in zip(names, read.items(), strict=True):

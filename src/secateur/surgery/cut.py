@@ -74,6 +74,8 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "", valu
         PlanError: the plan does not belong to the graph.
         CutError: the predicted graph does not run; nothing was changed.
     """
+    if plan.weights:
+        raise PlanError("this plan makes single weights zero, which a cut does not.\n  mask() carries it out; cut with a plan without weights first.")
     keep = graph.keep_axes(plan.keep)
     state = state_of(model)
     _belongs_together(state, graph)

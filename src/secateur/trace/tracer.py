@@ -222,6 +222,11 @@ def _ignored(name: str, block: Block, ignore: Sequence[str]) -> bool:
     return any(fnmatchcase(n, p) for p in ignore for n in (name, *(x for t in block.tensors for x in prefixes(t))))
 
 
+def named_by(name: str, ignore: Sequence[str]) -> bool:
+    """Whether a tensor, or a module that holds it, is named by one of the patterns."""
+    return any(fnmatchcase(p, one) for one in ignore for p in prefixes(name))
+
+
 def prefixes(name: str) -> list[str]:
     """'a.b.c' -> 'a', 'a.b', 'a.b.c'."""
     parts = name.split(".")
