@@ -30,7 +30,7 @@ from secateur.models.hf import import_transformers
 from secateur.stream.hf import mask_folder
 
 BUILD = Path("build/sibling")
-LENGTH, BATCH, RATE = 256, 16, 1e-3
+LENGTH, BATCH, RATE = 256, 8, 2e-3
 SAMPLES = 128
 CONFIG = {
     "vocab_size": 65, "hidden_size": 256, "intermediate_size": 832, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,

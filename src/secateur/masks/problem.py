@@ -7,6 +7,7 @@ that is the mean squared error of the layer's output. Rows of W are outputs, col
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -50,7 +51,7 @@ class Problem:
         """
         if self.h is None:
             raise DataError(f"{self.name}: this method needs to see what the layer takes in.\n  Pass data=, or use by='magnitude'.")
-        if not bool(torch.isfinite(self.h).all()):
+        if not finite(self.h):
             raise DataError(
                 f"{self.name}: the second moments of its inputs are not finite on the calibration data.\n"
                 "  Look for NaN, infinite or far too large activations in front of it."
@@ -99,16 +100,20 @@ def masked(w: Tensor, stays: Tensor, damped: float = 0.0) -> Solution:
     return Solution(torch.where(stays, w, torch.zeros((), dtype=w.dtype, device=w.device)), stays, damped)
 
 
+def power(d: Tensor, h: Tensor) -> float:
+    """tr(D H D^T): the mean square of D x."""
+    return float(((d @ h) * d).sum())
+
+
 def error(w: Tensor, new: Tensor, h: Tensor) -> float:
     """tr((W - W') H (W - W')^T) / tr(W H W^T): the relative squared error of the layer's output."""
-    d = w - new
-    whole = float(((w @ h) * w).sum())
-    return float(((d @ h) * d).sum()) / whole if whole > 0 else 0.0
+    whole = power(w, h)
+    return power(w - new, h) / whole if whole > 0 else 0.0
 
 
 def damped(h: Tensor, damp: float, name: str, make: Callable[[Tensor], Tensor | None]) -> tuple[Tensor, float]:
     """`make(h + damp * mean(diag h) * I)` with the smallest damping that works, raised tenfold at a time, and that damping. `make`
-    returns None where it cannot be made.
+    returns None where it cannot be made, and may write over what it is given.
 
     Raises:
         DataError: no damping helps.
@@ -118,7 +123,7 @@ def damped(h: Tensor, damp: float, name: str, make: Callable[[Tensor], Tensor | 
     for attempt in range(TRIES):
         level = damp * 10**attempt
         found = make(_raised(h, level * mean if mean > 0 else 1.0))
-        if found is not None and bool(torch.isfinite(found).all()):
+        if found is not None and finite(found):
             return found, level
     raise DataError(
         f"{name}: no damping up to {level:.0e} of the mean makes the {len(h)} x {len(h)} moments of its inputs invertible.\n"
@@ -133,8 +138,19 @@ def _raised(h: Tensor, by: float) -> Tensor:
     return h
 
 
+def factor(a: Tensor) -> Tensor | None:
+    """The lower Cholesky factor of a positive definite matrix, written over it; None where it is none."""
+    a, info = a.mT, torch.empty((), dtype=torch.int32, device=a.device)  # LAPACK counts by columns, and a is symmetric
+    torch.linalg.cholesky_ex(a, out=(a, info))
+    return None if int(info) else a
+
+
 def inverse(a: Tensor) -> Tensor | None:
-    """The inverse of a positive definite matrix; None where it is none."""
-    lower, info = torch.linalg.cholesky_ex(a)
-    del a
-    return None if int(info) else torch.cholesky_inverse(lower)
+    """The inverse of a positive definite matrix, written over it; None where it is none."""
+    lower = factor(a)
+    return None if lower is None else torch.cholesky_inverse(lower, out=lower)
+
+
+def finite(t: Tensor) -> bool:
+    """Whether no value is NaN or infinite; needs no memory, unlike `torch.isfinite`."""
+    return not t.numel() or all(math.isfinite(float(v)) for v in torch.aminmax(t))

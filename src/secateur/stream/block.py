@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from secateur.errors import DataError
 from secateur.masks import Method
 from secateur.masks.network import LayerMask
-from secateur.masks.problem import Problem, error
+from secateur.masks.problem import Problem, finite, power
 from secateur.masks.refit import refit
 from secateur.pattern import Pattern, whole
 
-EXACT = 2048  # inputs up to which a layer is solved in float64
+EXACT = 1024  # inputs up to which a layer is solved in float64
 RIDGE = 1e-4  # of a refit, relative to the mean of the diagonal of H
 REFIT_STEPS = 30
 
@@ -90,7 +90,7 @@ def solve(name: str, weight: Tensor, gram: Tensor | None, tokens: int, rule: Rul
     Raises:
         DataError: what the layer takes in is not finite, or its moments cannot be inverted.
     """
-    if gram is not None and not bool(torch.isfinite(gram).all()):
+    if gram is not None and not finite(gram):
         raise DataError(f"layer {name!r} takes in numbers that are not finite on the calibration data.\n  Look for NaN in the weights before it.")
     dtype = torch.float64 if weight.shape[1] <= EXACT else torch.float32
     w = weight.to(dtype)
@@ -108,8 +108,8 @@ def solve(name: str, weight: Tensor, gram: Tensor | None, tokens: int, rule: Rul
             a.diagonal().add_(RIDGE * float(h.diagonal().mean()))
             new = refit(w, a, new, stays, steps=REFIT_STEPS)
     plain = repaired = 0.0
-    if h is not None:
-        plain, repaired = error(w, torch.where(stays, w, 0.0), h), error(w, new, h)
+    if h is not None and (all_of := power(w, h)) > 0:
+        plain, repaired = power(torch.where(stays, 0.0, w), h) / all_of, power(w - new, h) / all_of
     size = (int(w.shape[0]), int(w.shape[1]))
     row = LayerMask(name, size, int(stays.sum()), str(rule.pattern), tokens, plain, repaired, "fit" if h is not None else "plain", damped, why=why)
     rows, cols = whole(rule.pattern, size)

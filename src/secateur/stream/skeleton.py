@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ModelError
+from secateur.masks.problem import finite
 from secateur.stream.shards import Shards
 
 
@@ -76,7 +77,9 @@ class Skeleton:
         return [self.stored(f"{self.blocks}.{index}.{n}") for n, _ in self.block(index).named_parameters()]
 
     def fill(self, module: nn.Module, path: str, own: bool = False) -> dict[str, Tensor]:
-        """Give a module its values in float32; `own`: only what it holds itself. Returns the tensors as they are stored."""
+        """Give a module its values in float32; `own`: only what it holds itself, and a table of embeddings as it is stored, which may
+        need no memory at all. Returns the tensors as they are stored."""
+        as_stored = own and type(module) is nn.Embedding
         for n, buffer in module.named_buffers(recurse=not own):
             key = self.stored(f"{path}.{n}" if path else n)
             if key in self.shards.files:  # what is not stored was made with the model
@@ -92,9 +95,10 @@ class Skeleton:
                 raise ModelError(f"{key} is {tuple(value.shape)} in {self.shards.folder}, {tuple(have.shape)} by its config.json.\n  Copy it again.")
             if value.dtype not in _PLAIN:
                 raise ModelError(f"{key} is stored as {value.dtype}: a quantised model cannot be made sparse.\n  Give the weights it was made from.")
-            if (bad := int((~torch.isfinite(value)).sum())):
+            if not finite(value):
+                bad = int((~torch.isfinite(value)).sum())
                 raise ModelError(f"{key} in {self.shards.folder} holds {bad} values that are NaN or infinite.\n  Load sound weights.")
-            put(module, n, value.float())
+            put(module, n, value if as_stored else value.float())
         return read
 
     def empty(self, module: nn.Module) -> None:
@@ -108,17 +112,23 @@ class Skeleton:
         inside = {id(m) for m in self.model.get_submodule(self.blocks).modules()}
         handles, filled = [], list[nn.Module]()
 
+        def rows(_: nn.Module, __: tuple, found: Tensor) -> Tensor:
+            return found.float()
+
         def load(module: nn.Module, path: str) -> Callable[..., None]:
             def hook(*_: Any) -> None:
                 if module not in filled:
                     self.fill(module, path, own=True)
                     filled.append(module)
 
+
             return hook
 
         for path, module in self.model.named_modules():
             if id(module) not in inside and module._parameters:
                 handles.append(module.register_forward_pre_hook(load(module, path)))
+                if type(module) is nn.Embedding:
+                    handles.append(module.register_forward_hook(rows))
         try:
             yield
         finally:
