@@ -81,14 +81,17 @@ def train(steps: int) -> None:
         if (step + 1) % 100 == 0 or step + 1 == steps:
             torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, path.with_suffix(".new"))
             path.with_suffix(".new").replace(path)
-            print(step + 1, f"{float(loss):.3f}", f"{time.perf_counter() - begin:.0f} s", flush=True)
+            print(step + 1, f"{loss.item():.3f}", f"{time.perf_counter() - begin:.0f} s", flush=True)
     net.eval().save_pretrained(BUILD / "dense")
 
 
 def perplexity(folder: Path) -> float:
-    """Per character, of the last tenth of the text in windows that do not overlap."""
     transformers = import_transformers()
-    net: nn.Module = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return judged(transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+
+
+def judged(net: nn.Module) -> float:
+    """Perplexity per character, of the last tenth of the text in windows that do not overlap."""
     ids = shakespeare()[split.characters(len(shakespeare()))[1].start :]
     rows = ids[: len(ids) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)
     with torch.no_grad():

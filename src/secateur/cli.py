@@ -72,7 +72,7 @@ def prune(  # noqa: PLR0913  # a command's parameters are its options
     """Cut a model down to a budget, prove the cut, repair it from DATA without training, and save it."""
     targets = [parse(text) for text in at_most]
     with working(as_json) as say:
-        held, given = given_data(data, inputs, seed)
+        held, given = given_data(data, inputs, seed, model)
         say("load")
         loaded = load_model(model, weights, seed=seed)
         example = job.example_inputs(loaded, held, given)
@@ -110,7 +110,7 @@ def sweep(  # noqa: PLR0913  # as above
     """Prune to several budgets with one set of statistics, and show what each costs in quality."""
     points = parse_points(at_most)
     with working(as_json) as say:
-        held, given = given_data(data, inputs, seed)
+        held, given = given_data(data, inputs, seed, model)
         say("load")
         loaded = load_model(model, weights, seed=seed)
         example = job.example_inputs(loaded, held, given)
@@ -139,7 +139,7 @@ def inspect(  # noqa: PLR0913  # as above
 ) -> None:
     """Show which units can be cut together, what is frozen and why, and what each unit costs."""
     with working(as_json) as say:
-        held, given = given_data(data, inputs, seed)
+        held, given = given_data(data, inputs, seed, model)
         say("load")
         loaded = load_model(model, weights, seed=seed)
         args, kwargs = job.example_inputs(loaded, held, given)
@@ -179,7 +179,7 @@ def measure(  # noqa: PLR0913  # as above
 ) -> None:
     """Count MACs, parameters and bytes; measure peak memory and latency, one batch as the inputs say."""
     with working(as_json) as say:
-        held, given = given_data(data, inputs, 0)
+        held, given = given_data(data, inputs, 0, model)
         say("load")
         loaded = load_model(model, weights, factory=factory)
         args, kwargs = job.example_inputs(loaded, held, given)

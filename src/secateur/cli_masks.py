@@ -39,8 +39,8 @@ def mask(  # noqa: PLR0913  # a command's parameters are its options
     stream: Annotated[bool, typer.Option("--stream", help=(
         "Of hf/FOLDER: block by block from shards to shards, in the memory of about one block; goes on after a kill."
     ))] = False,
-    samples: Annotated[int, typer.Option(min=1, help="With --stream: windows of text at most.")] = 128,
-    length: Annotated[int, typer.Option(min=2, help="With --stream: tokens of a window.")] = 2048,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of text at most.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window of text.")] = 2048,
     at_once: Annotated[bool, typer.Option("--at-once", help="With --stream: one pass for each block; quicker, a little less exact.")] = False,
     data: Source = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the result.")] = None,
@@ -63,7 +63,7 @@ def mask(  # noqa: PLR0913  # a command's parameters are its options
             terminal.streamed(streamed, how.by)
         return
     with working(as_json) as say:
-        held, given = given_data(data, inputs, seed)
+        held, given = given_data(data, inputs, seed, model, (samples, length))
         say("load")
         loaded = load_model(model, weights, seed=seed)
         example = job.example_inputs(loaded, held, given)

@@ -14,6 +14,7 @@ import typer
 from secateur import terminal
 from secateur.models import Data, load_data
 from secateur.models.example import parse_input
+from secateur.models.text import LENGTH, SAMPLES, is_text, text_data
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=(
     "pkg.mod:factory, file.py:factory, torchvision/NAME, timm/NAME, hf/TYPE, hf/FOLDER, FILE.pt2, or a saved folder"
@@ -21,7 +22,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=
 Weights = Annotated[str | None, typer.Option(help="Safetensors, or a state dict without code in it.")]
 Inputs = Annotated[list[str] | None, typer.Option("--input", help="Shape of an input, 1x3x224x224; repeatable.")]
 Source = Annotated[str | None, typer.Option("--data", metavar="DATA", help=(
-    "digits, imagefolder:DIR, npz:FILE, safetensors:FILE or pkg.mod:function; with mask --stream text:FILE"
+    "digits, imagefolder:DIR, npz:FILE, safetensors:FILE, pkg.mod:function; text:FILE with hf/FOLDER"
 ))]  # fmt: skip
 Ignore = Annotated[list[str] | None, typer.Option(help="Module, parameter or group that keeps its shape; repeatable.")]
 Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of random weights, random scores and the split of the data.")]
@@ -40,8 +41,14 @@ def command_line(context: typer.Context) -> str:
     return shlex.join(["secateur", *(context.obj or ())])
 
 
-def given_data(data: str | None, inputs: Sequence[str] | None, seed: int) -> tuple[Data | None, list[Any]]:
-    return (load_data(data, seed=seed) if data else None), [parse_input(text) for text in inputs or ()]
+def given_data(
+    data: str | None, inputs: Sequence[str] | None, seed: int, model: str, windows: tuple[int, int] = (SAMPLES, LENGTH)
+) -> tuple[Data | None, list[Any]]:  # fmt: skip
+    """The data set, where one is named, and the inputs as tensors. `windows`: of text, how many and how long."""
+    given = [parse_input(text) for text in inputs or ()]
+    if data and is_text(data):
+        return text_data(data, model, *windows, seed), given
+    return (load_data(data, seed=seed) if data else None), given
 
 
 @contextmanager

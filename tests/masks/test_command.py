@@ -100,3 +100,39 @@ def test_a_folder_of_hugging_face_is_streamed(run, tmp_path):
     assert "knows 40" in run(*command, "-o", "other", code=1)
     save_file({"input_ids": ids[0, :5]}, tmp_path / "ids.safetensors")
     assert "there are 5 tokens, and one window has 2048" in run(*command, "-o", "other", code=1)
+
+
+def test_text_calibrates_a_model_in_memory(run, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    from secateur.models.hf import import_transformers
+    from secateur.models.text import text_data
+
+    transformers = import_transformers()
+    words = [f"w{i}" for i in range(40)]
+    splitting = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, "w0"))
+    splitting.pre_tokenizer = Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=splitting, unk_token="w0")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    for one in (transformers.LlamaForCausalLM(config), tokenizer):
+        one.save_pretrained(tmp_path / "dense")
+    ids = torch.randint(1, 40, (1000,))
+    (tmp_path / "corpus.txt").write_text(" ".join(words[i] for i in ids))
+
+    data = text_data("text:corpus.txt", "hf/dense", samples=20, length=16, seed=3)
+    rows = torch.cat([batch["input_ids"] for batch in data.train])
+    windows = ids[: 1000 // 16 * 16].view(-1, 16)
+    assert rows.shape == (20, 16) and all(any(torch.equal(r, w) for w in windows) for r in rows)
+    assert not torch.equal(rows, torch.cat([b["input_ids"] for b in text_data("text:corpus.txt", "hf/dense", 20, 16, seed=4).train]))
+
+    facts = json.loads(run("mask", "hf/dense", "--pattern", "2:4", "--by", "sparsegpt", "--data", "text:corpus.txt", "-o", "out", "--json"))
+    assert facts["why"]["calibration_rows"] == 1000 // 32 // 4 * 4  # windows are no longer than the positions that the model knows
+    assert 2 * facts["why"]["kept"] == facts["why"]["of_weights"]
+    assert "nothing is wrong" in run("verify", "out")
+    assert "needs the tokenizer of a model folder" in run("mask", NET, "--keep", "10%", "--data", "text:corpus.txt", code=1)

@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from secateur.errors import DataError
+from secateur.models.data import Data
 from secateur.models.hf import import_transformers
+
+SAMPLES, LENGTH = 128, 2048  # as in the papers
+ROWS = 8  # of a batch
+
+
+def is_text(spec: str | None) -> bool:
+    return spec is not None and spec.startswith("text:")
+
+
+def text_data(spec: str, model: str, samples: int = SAMPLES, length: int = LENGTH, seed: int = 0) -> Data:
+    """Windows of tokens to calibrate a model with: batches of {"input_ids": int64 (8, length)}, none to test on.
+
+    Args:
+        spec: text:FILE. model: hf/FOLDER, with its tokenizer; windows are no longer than the positions that it knows.
+        samples: windows at most, chosen by `seed`.
+
+    Raises:
+        DataError: the model is no such folder, or as `tokens_of` and `windows`. ModelError: transformers is not installed.
+    """
+    kind, _, folder = model.partition("/")
+    if kind != "hf" or not (Path(folder) / "config.json").is_file():
+        raise DataError(f"--data {spec} needs the tokenizer of a model folder, and {model} is none.\n  Give hf/FOLDER, or tokens: safetensors:FILE.")
+    try:
+        known = json.loads((Path(folder) / "config.json").read_text()).get("max_position_embeddings")
+    except ValueError:
+        known = None  # who loads the model says what is wrong with it
+    if isinstance(known, int) and known > 0:
+        length = min(length, known)
+    found = windows(tokens_of(spec.partition(":")[2], folder), samples, length, seed)
+    return Data(spec, [{"input_ids": rows} for rows in found.split(ROWS)], [], labelled=False)
 
 
 def tokens_of(path: str | Path, folder: str | Path) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.errors import DataError, InputError, ModelError
 from secateur.masks import find
 from secateur.models.hf import import_transformers
-from secateur.models.text import tokens_of, windows
+from secateur.models.text import LENGTH, SAMPLES, tokens_of, windows
 from secateur.pattern import written
 from secateur.sparsify import Sparse
 from secateur.stream.block import Rule
@@ -23,7 +23,6 @@ from secateur.stream.shards import Shards
 from secateur.stream.skeleton import Skeleton
 from secateur.trace.tracer import patterns
 
-SAMPLES, LENGTH = 128, 2048  # as in the papers
 _KEYS = ("input_ids", "tokens", "ids")
 
 
