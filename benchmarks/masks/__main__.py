@@ -40,6 +40,11 @@ METHODS: dict[str, tuple[dict[str, Any], bool, bool]] = {
     "sparsegpt, ours": ({"by": "sparsegpt"}, True, False),
     "obc, ours": ({"by": "obc"}, True, False),
     "alps, ours": ({"by": "alps"}, True, False),
+    "sparsegpt, permuted": ({"by": "sparsegpt", "permute": True, **OWN}, True, False),
+    "alps, permuted": ({"by": "alps", "permute": True}, True, False),
+    "sparsegpt, searched": ({"by": "sparsegpt", "budget": "search", **OWN}, True, False),
+    "alps, erk": ({"by": "alps", "budget": "erk"}, True, False),
+    "alps, searched": ({"by": "alps", "budget": "search"}, True, False),
 }
 SEEDLESS = ("magnitude",)
 

@@ -15,7 +15,10 @@ TITLES = {
     "magnitude": "magnitude", "magnitude + BN": "magnitude, BN re-estimated", "wanda": "Wanda", "wanda + BN": "Wanda, BN re-estimated",
     "sparsegpt": "SparseGPT", "sparsegpt + BN": "SparseGPT, BN re-estimated", "alps, own targets": "ALPS with refit, each layer's own output",
     "sparsegpt, ours": "**SparseGPT, refit, corrected targets**", "obc, ours": "**OBC, refit, corrected targets**",
-    "alps, ours": "**ALPS, refit, corrected targets** (the default)",
+    "alps, ours": "**ALPS, refit, corrected targets** (the default)", "alps, permuted": "the same, units reordered first (`permute=True`)",
+    "sparsegpt, permuted": "SparseGPT, units reordered first", "sparsegpt, searched": "SparseGPT, layers' shares searched",
+    "alps, erk": "the same, more in small layers (ERK)",
+    "alps, searched": "the same, layers' shares searched (`budget='search'`)",
 }  # fmt: skip
 DENSE = {"resnet56": 93.39, "resnet20": 91.73, "lm_shakespeare": 4.5422}
 

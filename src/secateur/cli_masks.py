@@ -34,8 +34,9 @@ def mask(  # noqa: PLR0913  # a command's parameters are its options
     keep: Annotated[str | None, typer.Option(help="Share of the weights that stays, 10% or 0.1; an N:M pattern has its own.")] = None,
     pattern: Annotated[str, typer.Option(help="free, free/row, 2:4 (2 kept of 4), 4x1 (blocks of 4 outputs), 4x1/row, kernels.")] = "free",
     by: Annotated[str, typer.Option(help="magnitude, wanda, ria, sparsegpt, obc or alps. auto: alps with DATA, else magnitude.")] = "auto",
-    budget: Annotated[str, typer.Option(help="How much of each layer stays: uniform, erk, lamp, owl or atp.")] = "uniform",
+    budget: Annotated[str, typer.Option(help="How much of each layer stays: uniform, erk, lamp, owl, atp, or search (slow).")] = "uniform",
     refit: Annotated[bool, typer.Option(help="Fit the weights that stay, from DATA.")] = True,
+    permute: Annotated[bool, typer.Option("--permute", help="With N:M: units in an order in which it loses less; costs nothing.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help=(
         "Of hf/FOLDER: block by block from shards to shards, in the memory of about one block; goes on after a kill."
     ))] = False,
@@ -52,7 +53,7 @@ def mask(  # noqa: PLR0913  # a command's parameters are its options
     debug: Debug = False,
 ) -> None:
     """Make single weights zero, in a pattern, fit those that stay from DATA without training, and save the model."""
-    how = Sparse(keep, by, parse_pattern(pattern), budget, refit, ignore=tuple(ignore or ()), seed=seed)
+    how = Sparse(keep, by, parse_pattern(pattern), budget, refit, ignore=tuple(ignore or ()), seed=seed, permute=permute)
     how.share()  # what cannot be meant is said before anything is loaded
     if stream:
         with working(as_json) as say:

@@ -24,6 +24,8 @@ from secateur.masks import (
     find,
     mask_alone,
     mean_squares,
+    permuted,
+    searched,
     select,
     solved,
     spread,
@@ -37,6 +39,7 @@ from secateur.pattern import FREE, NM, Block, Free, Kernels, Pattern, share, wri
 from secateur.plan import Plan
 from secateur.repair import changed, proven, put_into
 from secateur.repair.layers import find_layers
+from secateur.repair.study import Study
 from secateur.surgery import Cut
 from secateur.surgery.cut import state_of
 from secateur.trace import Graph, trace
@@ -51,11 +54,13 @@ class Sparse:
         keep: the share that stays of the weights of all layers that are made sparse, "10%" or 0.1; None with an N:M pattern.
         by: a method (`secateur.masks.METHODS`). "auto": alps with data, else magnitude.
         pattern: `Free()`, `NM(2, of=4)`, `Block(4, 1)` or `Kernels()`.
-        budget: how much of each layer stays: a name of `secateur.masks.BUDGETS`, or {weight: share}.
+        budget: how much of each layer stays: a name of `secateur.masks.BUDGETS`, "search" (the output decides; needs data), or
+            {weight: share}.
         refit: fit the weights that stay, once a layer's mask is known.
         corrected: aim at the dense network's values at the next addition, so that a layer makes up for those before it.
         ignore: names or patterns of modules or weights that stay dense.
         seed: of the rows that are sampled.
+        permute: with an N:M pattern, put units in an order in which it loses less (`secateur.masks.permute`); costs no op.
     """
 
     keep: str | float | Fraction | None = None
@@ -66,6 +71,7 @@ class Sparse:
     corrected: bool = True
     ignore: Sequence[str] = ()
     seed: int = 0
+    permute: bool = False
 
     def share(self) -> Fraction:
         """
@@ -108,12 +114,11 @@ def sparsify(
         raise InputError(f"by={by!r} needs calibration data.\n  Pass data=, batches of inputs; no labels are needed. by='magnitude' does without.")
     kwargs = dict(kwargs or {})
     check(model, args, kwargs)
-    say("trace")
-    graph = trace(model, args, kwargs, ignore=patterns(how.ignore))
-    chosen = select(graph, state_of(model), how.pattern)
-    study = study_of(model, graph, data, how.seed, say) if data is not None else None
-    seen = mean_squares(study, chosen.layers) if study is not None and how.budget == "owl" else None
-    asked = spread(chosen, state_of(model), how.pattern, keep, how.budget, seen)
+    look = _looked_at(model, (args, kwargs), how, data, say)
+    if how.permute:
+        look = _reordered(look, (args, kwargs), how, data, say)
+    model, graph, chosen, study = look.model, look.graph, look.chosen, look.study
+    asked = spread(chosen, state_of(model), how.pattern, keep, *_budget(look, how, keep, say))
     why = {"score": by, "pattern": written(how.pattern), "budget": how.budget if isinstance(how.budget, str) else "given", "seed": how.seed,
            "keep": str(float(keep)), "refit": how.refit and data is not None, "corrected": how.corrected}  # fmt: skip
     plan = Plan(_everything(graph), graph.cost(), graph.cost(), why)
@@ -121,12 +126,61 @@ def sparsify(
         weights = {n: mask_alone(chosen.layers[n], state_of(model)[n], one) for n, one in asked.items()}
         new = {n: _masked(state_of(model)[n], m) for n, m in weights.items()}
         rows = [LayerMask(chosen.layers[n].name, tuple(m.shape), int(m.sum()), str(how.pattern)) for n, m in weights.items()]
-        return _result(model, graph, new, _with(plan, weights, chosen, how.pattern), rows, chosen.notes())
+        return _result(model, graph, new, _with(plan, weights, chosen, how.pattern), rows, look.notes)
     network = solved(study, asked, Means(method.function, how.refit, how.corrected), how.seed, say)
     plan = replace(_with(plan, {n: network.stays[n] for n in asked}, chosen, how.pattern), why={**why, "calibration_rows": study.chunks.rows})
     rows = [row for row in network.masks_of if row.layer in {chosen.layers[n].name for n in asked}]
-    result = _result(model, graph, changed(model, graph, network.state), plan, rows, [*chosen.notes(), *too_little(rows, chosen, study.state)])
+    result = _result(model, graph, changed(model, graph, network.state), plan, rows, [*look.notes, *too_little(rows, chosen, study.state)])
     return replace(result, study=study)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A traced model, the layers to be made sparse, and, where there is data, its statistics."""
+
+    model: nn.Module
+    graph: Graph
+    chosen: Selection
+    study: Study | None
+    notes: list[str]
+
+
+def _looked_at(model: nn.Module, inputs: tuple[tuple, dict[str, Any]], how: Sparse, data: Iterable[Any] | None, say: Progress) -> _Look:
+    say("trace")
+    graph = trace(model, *inputs, ignore=patterns(how.ignore))
+    chosen = select(graph, state_of(model), how.pattern)
+    return _Look(model, graph, chosen, study_of(model, graph, data, how.seed, say) if data is not None else None, chosen.notes())
+
+
+def _reordered(look: _Look, inputs: tuple[tuple, dict[str, Any]], how: Sparse, data: Iterable[Any] | None, say: Progress) -> _Look:
+    """The same of a copy with its units in another order.
+
+    Raises:
+        InputError: the pattern is no N:M.
+    """
+    if not isinstance(how.pattern, NM):
+        raise InputError(f"permute=True beside the pattern {how.pattern}, for which the order of inputs makes no difference, or is not searched.\n"
+                         "  Leave permute out, or use an N:M pattern.")  # fmt: skip
+    say("reorder")
+    squares = mean_squares(look.study, look.chosen.layers) if look.study is not None else {}
+    model, said = permuted(look.model, look.graph, look.chosen, squares, how.pattern, how.seed)
+    if model is look.model:
+        return replace(look, notes=[*look.notes, said])
+    again = _looked_at(model, inputs, how, data, say)
+    return replace(again, notes=[*again.notes, f"{said}; the plan is for that order, in which result.dense is too"])
+
+
+def _budget(look: _Look, how: Sparse, keep: Fraction, say: Progress) -> tuple[str | Mapping[str, Fraction], Mapping[str, Tensor] | None]:
+    """How much of each layer stays, or the name of the rule with what it has to know of the inputs.
+
+    Raises:
+        InputError: a search without data.
+    """
+    if how.budget == "search" and not isinstance(how.pattern, NM):
+        if look.study is None:
+            raise InputError("budget='search' compares outputs on data.\n  Pass data=, batches of inputs without labels, or use budget='erk'.")
+        return searched(look.study, look.chosen, how.pattern, keep, how.seed, say), None
+    return how.budget, mean_squares(look.study, look.chosen.layers) if look.study is not None and how.budget == "owl" else None
 
 
 def mask(model: nn.Module, args: tuple, plan: Plan, kwargs: Mapping[str, Any] | None = None) -> Result:

@@ -213,6 +213,16 @@ def solved(study: Study, asked: Mapping[str, Asked], means: Means, seed: int, sa
 
 def mean_squares(study: Study, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
     """E[x_j^2] of what each layer takes in, in the dense network: {weight: (columns,)}, float64."""
+    return _averaged(study, layers, lambda rows: rows.double().square().mean((0, 1)))
+
+
+def second_moments(study: Study, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """E[x x^T] of what each layer takes in, in the dense network: {weight: (groups, columns, columns)}."""
+    return _averaged(study, layers, lambda rows: rows.mT @ rows / rows.shape[1])
+
+
+def _averaged(study: Study, layers: Mapping[str, Layer], of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The mean of a function of the rows (groups, rows, columns) that each layer takes in, over a few chunks."""
     graph, feeds = study.chunks.graph, study.chunks.feeds[:FEW]
     own = {x.weight: x for x in find_layers(graph)}
     found: dict[str, Tensor] = {}
@@ -223,7 +233,6 @@ def mean_squares(study: Study, layers: Mapping[str, Layer]) -> dict[str, Tensor]
         for n in layers:
             x = own[n]
             for chunk in range(len(feeds)):
-                rows = x.rows(flow.value(chunk, x.source), None)
-                found[n] = found.get(n, 0) + rows.double().square().mean((0, 1)) / len(feeds)
+                found[n] = found.get(n, 0) + of(x.rows(flow.value(chunk, x.source), None)) / len(feeds)
             flow.release(x.source)
     return found

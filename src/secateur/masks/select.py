@@ -18,6 +18,8 @@ from secateur.repair.layers import Layer, find_layers
 from secateur.trace import Graph
 from secateur.trace.tracer import named_by
 
+SEARCH = "search"  # `secateur.masks.search`
+
 
 @dataclass
 class Selection:
@@ -77,8 +79,8 @@ def spread(
     Raises:
         InputError: an unknown budget, or one that names other layers.
     """
-    if isinstance(budget, str) and budget not in BUDGETS:
-        raise InputError(f"unknown budget {budget!r}.\n  There are: {', '.join(BUDGETS)}.")
+    if isinstance(budget, str) and budget not in (*BUDGETS, SEARCH):
+        raise InputError(f"unknown budget {budget!r}.\n  There are: {', '.join((*BUDGETS, SEARCH))}.")
     if isinstance(pattern, NM):
         return {n: Asked(pattern, Fraction(pattern.n, pattern.of)) for n in chosen.layers}
     if isinstance(budget, str):

@@ -101,6 +101,8 @@ def mask_folder(
     say = progress or (lambda stage: None)
     keep = how.share()
     method = find("sparsegpt" if how.by == "auto" else how.by)
+    if how.permute:
+        raise InputError("permute=True moves units of many blocks at once, and a stream sees one block.\n  Leave it out, or leave streaming out.")
     if how.budget != "uniform":
         raise InputError(f"budget={how.budget!r} looks at all layers at once, and a stream sees one block.\n  Use 'uniform', or leave streaming out.")
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel() or int(tokens.min()) < 0:

@@ -179,12 +179,13 @@ def _refused(trial: nn.Module, graph: Graph, keep: dict[Axis, np.ndarray], predi
     why = first_difference(log, predicted[1])
     if why and _captured_differently(trial, graph, keep):
         return why  # otherwise forward() only takes another path while it is captured
-    if values and not _same_values(trial, predicted[0], args, kwargs):
+    if values and not same_values(trial, predicted[0], args, kwargs):
         return "the module's output differs from that of the predicted graph"
     return ""
 
 
-def _same_values(trial: nn.Module, predicted: nn.Module, args: tuple, kwargs: dict) -> bool:
+def same_values(trial: nn.Module, predicted: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether two modules give the same outputs in float64, to `SAME` of the largest."""
     got, wanted = (tree_leaves(outputs_in_float64(m, args, kwargs)) for m in (trial, predicted))
     pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if isinstance(a, torch.Tensor)]
     return all(a.device.type == "meta" or _close(a, b) for a, b in pairs)
@@ -202,7 +203,7 @@ def _needed(trial: nn.Module, edits: list[Edit], graph: Graph, predicted: tuple[
     for same in custom.values():
         attributes.apply(trial, [replace(e, old=e.new, new=e.old) for e in same])
         try:
-            unchanged = op_log(trial, args, kwargs) == predicted[1] and _same_values(trial, predicted[0], args, kwargs)
+            unchanged = op_log(trial, args, kwargs) == predicted[1] and same_values(trial, predicted[0], args, kwargs)
         except Exception:  # whatever it raises, the number is needed
             unchanged = False
         if unchanged:

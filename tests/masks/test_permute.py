@@ -1,0 +1,112 @@
+"""Units in another order: the same function, and a pattern that loses less."""
+
+import itertools
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.errors import InputError
+from secateur.masks.permute import _exchanges, best_order, kept
+from secateur.pattern import legal
+from tests.masks.test_sparsify import ARGS, batches
+
+PATTERN = sc.NM(2, of=4)
+
+
+def drawn(rows, columns, seed=0):
+    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)).square().double()
+
+
+@pytest.mark.parametrize("pattern", [sc.NM(2, of=4), sc.NM(1, of=4), sc.NM(1, of=2), sc.NM(4, of=5)])
+def test_the_gain_of_an_exchange_is_what_trying_gives(pattern):
+    m = pattern.of
+    score = drawn(5, 2 * m)
+    gain, which = _exchanges(score[:, None, :m], score[:, None, m:], pattern)
+    tried = {}
+    for i, j in itertools.product(range(m), range(m)):
+        order = list(range(2 * m))
+        order[i], order[m + j] = m + j, i
+        tried[m * i + j] = float(kept(score[:, order], pattern).sum() - kept(score, pattern).sum())
+    assert int(which) == max(tried, key=tried.get)
+    assert float(gain) == pytest.approx(max(tried.values()), abs=1e-9)
+
+
+def test_what_exchanges_keep_of_eight_columns_is_near_the_best_of_all_orders():
+    score = drawn(3, 8)
+    order = best_order(score, PATTERN)
+    assert sorted(order.tolist()) == list(range(8))
+    found = float(kept(score[:, order], PATTERN).sum())
+    every = [float(kept(score[:, [*g, *(k for k in range(8) if k not in g)]], PATTERN).sum()) for g in itertools.combinations(range(8), 4)]
+    assert found >= float(kept(score, PATTERN).sum())
+    assert found >= 0.99 * max(every)
+
+
+def test_an_order_that_was_hidden_is_found_again():
+    """Two of four in a row are zero, and the columns are shuffled: nothing need be lost."""
+    score = torch.stack([drawn(1, 32, r)[0] for r in range(6)])
+    stays = torch.stack([torch.cat([torch.randperm(4, generator=torch.Generator().manual_seed(9 * r + g)) < 2 for g in range(8)]) for r in range(6)])
+    shuffled = (score * stays)[:, torch.randperm(32, generator=torch.Generator().manual_seed(1))]
+    lost = 1 - float(kept(shuffled, PATTERN).sum() / shuffled.sum())
+    left = 1 - float(kept(shuffled[:, best_order(shuffled, PATTERN)], PATTERN).sum() / shuffled.sum())
+    assert left < 0.3 * lost
+
+
+class Blocks(nn.Module):
+    """A residual stream that three layers read, batch norm, and linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.one, self.two = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 16, 1)
+        self.fc, self.head = nn.Linear(16, 32), nn.Linear(32, 7, bias=False)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.first(x)))
+        x = x + self.two(torch.relu(self.one(x)))
+        return self.head(torch.relu(self.fc(x.mean((2, 3)))))
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    model = Blocks().eval()
+    with torch.no_grad():
+        model.norm.running_mean.uniform_(-0.2, 0.2)
+        model.norm.running_var.uniform_(0.5, 2.0)
+        for p in model.parameters():  # inputs of unlike weight
+            p.mul_(torch.exp(torch.randn(p.shape[1], *[1] * (p.dim() - 2)))) if p.dim() > 1 else None
+    return model
+
+
+def run(net, **settings):
+    return sc.sparsify(net, ARGS, sc.Sparse(None, pattern=PATTERN, refit=False, corrected=False, **settings), batches())
+
+
+@pytest.mark.parametrize("by", ["magnitude", "sparsegpt"])
+def test_the_reordered_model_is_the_same_function_and_loses_less(net, by):
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    plain, moved = run(net, by=by), run(net, by=by, permute=True)
+    assert any("reordered, which leaves the model the same function" in note for note in moved.notes)
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    for name in ("first", "one", "two", "fc", "head"):
+        old, new = (m.get_submodule(name).weight for m in (net, moved.dense))
+        assert not torch.equal(old, new) and torch.equal(old.flatten().sort().values, new.flatten().sort().values)
+    with torch.no_grad():
+        x = torch.cat(batches())
+        wanted = net(x)
+        torch.testing.assert_close(moved.dense(x), wanted, rtol=1e-4, atol=1e-5)
+        plain_error, moved_error = (float((r.model(x) - wanted).square().mean()) for r in (plain, moved))
+    for name, stays in moved.plan.weights.items():
+        if name in ("fc.weight", "head.weight"):
+            assert legal(PATTERN, stays) and Fraction(int(stays.sum()), stays.numel()) == Fraction(1, 2)
+        assert torch.equal(moved.model.state_dict()[name] != 0, stays)
+    assert moved_error < plain_error
+
+
+def test_only_patterns_with_an_order_can_be_permuted(net):
+    with pytest.raises(InputError, match="permute=True beside the pattern free"):
+        sc.sparsify(net, ARGS, sc.Sparse("50%", permute=True), batches())
