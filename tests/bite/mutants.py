@@ -314,8 +314,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "SparseGPT does not pass errors on to later columns of its set",
         "secateur/masks/sparsegpt.py",
-        "now[:, j:] -= gone[:, None] * part[j, j:]",
-        "now[:, j] = torch.where(mask[:, j], now[:, j], 0.0)",
+        "now[j:].addr_(u[j, j:], lost, alpha=-1)",
+        "now[j] = torch.where(mask[j], now[j], 0.0)",
         (f"{METHODS}::test_sparsegpt_is_column_by_column_elimination",),
     ),
     Mutant(
@@ -429,5 +429,47 @@ MUTANTS: list[Mutant] = [
         "    if plan.weights:\n",
         "    if False:\n",
         (f"{SPARSIFY}::test_a_cut_is_no_mask_and_a_mask_no_cut",),
+    ),
+    Mutant(
+        "SparseGPT does not pass errors on to later sets of columns",
+        "secateur/masks/sparsegpt.py",
+        "now = p.w[:, cols] + (gone[:, :start] @ r[:start, cols]) @ u",
+        "now = p.w[:, cols] + 0.0",
+        (f"{METHODS}::test_sparsegpt_is_column_by_column_elimination",),
+    ),
+    Mutant(
+        "exchanged columns are counted without what they displace",
+        "secateur/masks/permute.py",
+        "into_b = total_b[..., None, :] + (a[..., :, None] - least_b[..., None, :]).clamp_min(0)",
+        "into_b = total_b[..., None, :] + a[..., :, None]",
+        ("tests/masks/test_permute.py::test_the_gain_of_an_exchange_is_what_trying_gives",),
+    ),
+    Mutant(
+        "what writes a group keeps its order",
+        "secateur/masks/permute.py",
+        "        for slot in graph.groups[one.group].slots:\n",
+        "        for slot in [s for s in graph.groups[one.group].slots if s.dim == 1]:\n",
+        ("tests/masks/test_permute.py::test_the_reordered_model_is_the_same_function_and_loses_less",),
+    ),
+    Mutant(
+        "a child takes more than a layer can give",
+        "secateur/masks/search.py",
+        "max(0, min(step, child[giver] - least[giver], sizes[taker] - child[taker]))",
+        "step",
+        ("tests/masks/test_search.py::test_a_child_has_as_many_weights",),
+    ),
+    Mutant(
+        "the worst child is the next parent",
+        "secateur/masks/search.py",
+        "            if judged < value:\n",
+        "            if judged > value:\n",
+        ("tests/masks/test_search.py::test_what_is_wanted_is_found",),
+    ),
+    Mutant(
+        "windows of text are longer than a model's positions",
+        "secateur/models/text.py",
+        "        length = min(length, known)\n",
+        "        pass\n",
+        ("tests/masks/test_command.py::test_text_calibrates_a_model_in_memory",),
     ),
 ]
