@@ -8,6 +8,7 @@
 __version__ = "0.1.0"
 
 from secateur import errors as errors
+from secateur import runtime as runtime
 from secateur import score as score
 from secateur.plan import Cost, Plan  # isort: skip  # the module `plan` first, so that the function below keeps the name
 from secateur.budget import Bytes as Bytes
@@ -81,6 +82,7 @@ __all__ = [
     "plan",
     "prove",
     "prune",
+    "runtime",
     "save",
     "score",
     "sparsegpt",

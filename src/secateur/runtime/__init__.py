@@ -1,0 +1,7 @@
+"""Sparse weights that run faster: kernels for ordinary CPUs, layers, and a model converted to them where they are quicker."""
+
+from secateur.runtime.build import NoKernels
+from secateur.runtime.convert import Choice, Converted, convert
+from secateur.runtime.layers import SparseConv1d, SparseConv2d, SparseLinear, sparse
+
+__all__ = ["Choice", "Converted", "NoKernels", "SparseConv1d", "SparseConv2d", "SparseLinear", "convert", "sparse"]

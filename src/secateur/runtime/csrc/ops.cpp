@@ -1,0 +1,135 @@
+// The kernels as torch operators, through torch's stable ABI: one binary serves later versions of torch, and work is shared among torch's
+// own threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "sparse.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace secateur {
+namespace {
+
+const Kernels& best() {
+#if defined(__x86_64__)
+  static const Kernels& found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") ? kernels_avx512
+                                : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")       ? kernels_avx2
+                                                                                                        : kernels_baseline;
+  return found;
+#else
+  return kernels_baseline;
+#endif
+}
+
+const Kernels& chosen(int64_t isa) {
+#if defined(__x86_64__)
+  if (isa == 1) return kernels_baseline;
+  if (isa == 2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2;
+#endif
+  return best();
+}
+
+void check(const Tensor& t, ScalarType type, const char* what) {
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.is_cpu(), "secateur: ", what, " must be a contiguous CPU tensor of its type");
+}
+
+// Everything that the kernels rely on, so that no content of the tensors makes them read or write elsewhere.
+Matrix matrix(const Tensor& values, const Tensor& index, const Tensor& starts, const std::optional<Tensor>& bias, int64_t rows, int64_t columns,
+              int64_t r, int64_t set, bool relu) {
+  check(values, ScalarType::Float, "values");
+  check(index, ScalarType::Short, "index");
+  check(starts, ScalarType::Int, "starts");
+  STD_TORCH_CHECK(r == 1 || r == 4 || r == 8, "secateur: blocks of ", r, " rows; there are 1, 4 and 8");
+  STD_TORCH_CHECK(rows > 0 && columns > 0 && set > 0 && set <= 65536, "secateur: rows, columns or set out of range");
+  Matrix m{values.const_data_ptr<float>(), reinterpret_cast<const uint16_t*>(index.const_data_ptr<int16_t>()), starts.const_data_ptr<int32_t>(),
+           nullptr, rows, columns, set, static_cast<int32_t>(r), relu};
+  const int64_t count = m.sets() * m.blocks(), n = index.numel();
+  STD_TORCH_CHECK(starts.numel() == count + 1 && values.numel() == n * r, "secateur: values, index and starts do not belong together");
+  STD_TORCH_CHECK(m.starts[0] == 0 && m.starts[count] == n, "secateur: starts do not span the index");
+  for (int64_t i = 0; i < count; i++) STD_TORCH_CHECK(m.starts[i] <= m.starts[i + 1], "secateur: starts go back");
+  for (int64_t q = 0; q < m.sets(); q++) {
+    const int32_t *begin = m.starts + q * m.blocks(), *end = begin + m.blocks();
+    STD_TORCH_CHECK(best().largest(m.index + *begin, *end - *begin) < std::min(set, columns - q * set), "secateur: a column is out of range");
+  }
+  if (bias) {
+    check(*bias, ScalarType::Float, "bias");
+    STD_TORCH_CHECK(bias->numel() == rows, "secateur: one bias for each row");
+    m.bias = bias->const_data_ptr<float>();
+  }
+  return m;
+}
+
+// Runs work(item, from, to) for all items and all blocks of rows; rows are split where there are fewer items than threads.
+template <class Work>
+void shared(int64_t items, int64_t blocks, const Work& work) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t chunks = items % threads == 0 ? 1 : std::min(blocks, items > 2 * threads ? 1 : threads);
+  torch::stable::parallel_for(0, items * chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) work(i / chunks, i % chunks * blocks / chunks, (i % chunks + 1) * blocks / chunks);
+  });
+}
+
+Tensor sparse_linear(Tensor x, Tensor values, Tensor index, Tensor starts, std::optional<Tensor> bias, int64_t rows, int64_t columns, int64_t r,
+                     int64_t set, bool relu, int64_t isa) {
+  check(x, ScalarType::Float, "x");
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == columns, "secateur: x has other columns than the weight");
+  const Matrix m = matrix(values, index, starts, bias, rows, columns, r, set, relu);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = rows;
+  Tensor y = torch::stable::new_empty(x, shape);
+  const int64_t tokens = x.numel() / columns, tiles = (tokens + TILE - 1) / TILE;
+  const float* from = x.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  shared(tiles, m.blocks(), [&](int64_t tile, int64_t first, int64_t last) {
+    chosen(isa).linear(m, from, to, tile * TILE, std::min(tokens, (tile + 1) * TILE), first, last);
+  });
+  return y;
+}
+
+Tensor sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, std::optional<Tensor> bias, int64_t rows, int64_t r, int64_t set, bool relu,
+                     std::vector<int64_t> window, int64_t isa) {
+  check(x, ScalarType::Float, "x");
+  STD_TORCH_CHECK(x.dim() == 4 && window.size() == 8, "secateur: x is (N, C, H, W); the window has kernel, stride, padding and dilation");
+  Window w{x.size(1), x.size(2), x.size(3), 0, 0, window[0], window[1], window[2], window[3], window[4], window[5], window[6], window[7]};
+  for (int i = 0; i < 8; i++) STD_TORCH_CHECK(window[i] > 0 || (window[i] == 0 && (i == 4 || i == 5)), "secateur: no such window");
+  const int64_t high = w.height + 2 * w.pad_h - w.dilation_h * (w.kernel_h - 1) - 1, wide = w.width + 2 * w.pad_w - w.dilation_w * (w.kernel_w - 1) - 1;
+  STD_TORCH_CHECK(high >= 0 && wide >= 0, "secateur: the window is larger than the padded image");
+  w.out_height = high / w.stride_h + 1, w.out_width = wide / w.stride_w + 1;
+  const Matrix m = matrix(values, index, starts, bias, rows, w.channels * w.kernel_h * w.kernel_w, r, set, relu);
+  const int64_t shape[] = {x.size(0), rows, w.out_height, w.out_width};
+  Tensor y = torch::stable::new_empty(x, {shape[0], shape[1], shape[2], shape[3]});
+  std::unique_ptr<int32_t[]> offsets(new int32_t[m.columns]);
+  const Kernels& kernels = chosen(isa);
+  kernels.conv_offsets(w, offsets.get());
+  const float* from = x.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  const int64_t parts = kernels.conv_parts(w), image = w.channels * w.height * w.width, result = rows * w.out_height * w.out_width;
+  shared(x.size(0) * parts, m.blocks(), [&](int64_t item, int64_t first, int64_t last) {
+    kernels.conv(m, w, offsets.get(), from + item / parts * image, to + item / parts * result, item % parts, first, last);
+  });
+  return y;
+}
+
+STABLE_TORCH_LIBRARY(secateur, m) {
+  m.def("sparse_linear(Tensor x, Tensor values, Tensor index, Tensor starts, Tensor? bias, int rows, int columns, int r, int set, bool relu, int isa=0) "
+        "-> Tensor");
+  m.def("sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, Tensor? bias, int rows, int r, int set, bool relu, int[] window, int isa=0) "
+        "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(secateur, CPU, m) {
+  m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
+  m.impl("sparse_conv2d", TORCH_BOX(&sparse_conv2d));
+}
+
+}  // namespace
+}  // namespace secateur

@@ -1,0 +1,43 @@
+// What the kernels are given, and the table of them that each instruction set fills.
+#pragma once
+#include <cstdint>
+
+namespace secateur {
+
+constexpr int64_t TILE = 64;  // columns (tokens or pixels) that are worked on together
+
+// A sparse matrix (rows, columns) in blocks of `r` rows that share their columns. Columns come in sets of `set`, so that what a set
+// reads stays in the cache: block b of set q has the columns q * set + index[i] for starts[q * blocks + b] <= i < starts[q * blocks + b + 1],
+// and for each of them r values. Rows past the last are padding.
+struct Matrix {
+  const float* values;
+  const uint16_t* index;
+  const int32_t* starts;
+  const float* bias;  // or null
+  int64_t rows, columns, set;
+  int32_t r;
+  bool relu;
+  int64_t blocks() const { return (rows + r - 1) / r; }
+  int64_t sets() const { return (columns + set - 1) / set; }
+};
+
+// An image (channels, height, width) and the window that is moved over it, in pixels.
+struct Window {
+  int64_t channels, height, width, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
+struct Kernels {
+  // y (tokens, rows) = x (tokens, columns) W^T for tokens [first, last) and blocks of rows [from, to)
+  void (*linear)(const Matrix&, const float* x, float* y, int64_t first, int64_t last, int64_t from, int64_t to);
+  // one image: y (rows, out_height * out_width), the `part`-th of `parts` stretches of it, blocks of rows [from, to). `offsets` are those of
+  // `conv_offsets`
+  void (*conv)(const Matrix&, const Window&, const int32_t* offsets, const float* x, float* y, int64_t part, int64_t from, int64_t to);
+  int64_t (*conv_parts)(const Window&);
+  void (*conv_offsets)(const Window&, int32_t* offsets);  // in the buffer, of every column: (channel, kernel_h, kernel_w)
+  int32_t (*largest)(const uint16_t* index, int64_t n);
+};
+
+extern const Kernels kernels_avx512, kernels_avx2, kernels_baseline;
+
+}  // namespace secateur

@@ -1,0 +1,154 @@
+"""Layers that compute with sparse weights. Where there are no kernels (no compiler, another dtype or device) they compute with dense ones."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.errors import InputError
+from secateur.runtime.layout import CHANNELS, ROWS, Layout, dense
+from secateur.runtime.ops import Window, takes
+
+
+class SparseLayer(nn.Module):
+    """What they share: `values` (n, r) is a parameter; `index` and `starts` are buffers (`secateur.runtime.layout`). The file of a state
+    dict holds what is not zero, and nothing else.
+
+    Attributes:
+        rows, columns, r, set: of the layout.
+        relu: the layer ends with a ReLU.
+    """
+
+    def __init__(self, layout: Layout, bias: Tensor | None, relu: bool = False):
+        super().__init__()
+        self.values = nn.Parameter(layout.values)
+        self.index: Tensor
+        self.starts: Tensor
+        self.register_buffer("index", layout.index)
+        self.register_buffer("starts", layout.starts)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.float32).clone())
+        self.rows, self.columns, self.r, self.set, self.relu = layout.rows, layout.columns, layout.r, layout.set, relu
+
+    def matrix(self) -> Tensor:
+        """The weight (rows, columns) with its zeros."""
+        return dense(self.values, self.index, self.starts, (self.rows, self.columns, self.r, self.set))
+
+    @property
+    def density(self) -> float:
+        """The share of the weights that is stored, those included that a block of rows brings with it."""
+        return self.values.numel() / (self.rows * self.columns)
+
+    def _ended(self, y: Tensor) -> Tensor:
+        return F.relu(y) if self.relu else y
+
+
+class SparseLinear(SparseLayer):
+    """y = x W^T + b for x (..., columns), W sparse."""
+
+    @classmethod
+    def of(cls, layer: nn.Linear, r: int | None = None, relu: bool = False) -> Self:
+        """
+        Args:
+            layer: with zeros in its weight. r: rows of a block, 1, 4 or 8; None chooses.
+
+        Raises:
+            InputError: no such r.
+        """
+        return cls(Layout.of(layer.weight, _known(r)), layer.bias, relu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if takes(x, self.values):
+            return torch.ops.secateur.sparse_linear(
+                x.contiguous(), self.values, self.index, self.starts, self.bias, self.rows, self.columns, self.r, self.set, self.relu
+            )
+        return self._ended(F.linear(x, self.matrix().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)))
+
+    def extra_repr(self) -> str:
+        return f"{self.columns}, {self.rows}, density={self.density:.3f}, r={self.r}"
+
+
+class SparseConv2d(SparseLayer):
+    """A convolution of x (N, C, H, W), one group, zeros outside the image, W sparse."""
+
+    def __init__(self, layout: Layout, bias: Tensor | None, window: Window, relu: bool = False):
+        super().__init__(layout, bias, relu)
+        self.window = window
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d | nn.Conv1d, r: int | None = None, relu: bool = False) -> Self:
+        """
+        Args:
+            layer: with zeros in its weight. r: rows of a block, 1, 4 or 8; None chooses.
+
+        Raises:
+            InputError: no such r, or a convolution with groups, with padding that is not zeros, or given in words.
+        """
+        if why := why_not(layer):
+            raise InputError(f"{layer} cannot be made a sparse layer: {why}.\n  Leave it dense.")
+        flat = isinstance(layer, nn.Conv1d)
+        one, zero = ((1,), (0,)) if flat else ((), ())
+        sizes = [(*one, *layer.kernel_size), (*one, *layer.stride), (*zero, *layer.padding), (*one, *layer.dilation)]
+        window: Any = tuple(int(n) for pair in sizes for n in pair)
+        taps, weight = window[0] * window[1], layer.weight.flatten(1)
+        r = _known(r) or Layout.of(weight).r
+        channels = min(CHANNELS[r], 65536 // taps)
+        return cls(Layout.of(weight, r, max(1, channels) * taps), layer.bias, window, relu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.window
+        if takes(x, self.values):
+            return torch.ops.secateur.sparse_conv2d(
+                x.contiguous(), self.values, self.index, self.starts, self.bias, self.rows, self.r, self.set, self.relu, w
+            )
+        weight = self.matrix().view(self.rows, -1, *w[:2]).to(x.dtype)
+        return self._ended(F.conv2d(x, weight, None if self.bias is None else self.bias.to(x.dtype), w[2:4], w[4:6], w[6:8]))
+
+    def extra_repr(self) -> str:
+        w = self.window
+        return (f"{self.columns // (w[0] * w[1])}, {self.rows}, kernel={w[:2]}, stride={w[2:4]}, padding={w[4:6]}, density={self.density:.3f}, "
+                f"r={self.r}")  # fmt: skip
+
+
+class SparseConv1d(SparseConv2d):
+    """A convolution of x (N, C, L)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unsqueeze(-2)).squeeze(-2)
+
+
+def why_not(layer: nn.Module) -> str:
+    """Why a layer has no sparse form, '' where it has one."""
+    if type(layer) is nn.Linear:
+        return ""
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)) or type(layer) not in (nn.Conv1d, nn.Conv2d):
+        return f"{type(layer).__name__} is no plain linear layer or convolution"
+    if layer.groups != 1:
+        return f"it has {layer.groups} groups"
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return f"its padding is {layer.padding_mode if layer.padding_mode != 'zeros' else layer.padding!r}"
+    taps = layer.weight[0, 0].numel()
+    return f"its window has {taps} taps" if taps > 65536 else ""
+
+
+def sparse(layer: nn.Module, r: int | None = None, relu: bool = False) -> SparseLayer:
+    """The sparse form of a layer with zeros in its weight.
+
+    Raises:
+        InputError: it has none.
+    """
+    if type(layer) is nn.Linear:
+        return SparseLinear.of(layer, r, relu)
+    if type(layer) is nn.Conv1d:
+        return SparseConv1d.of(layer, r, relu)
+    if type(layer) is nn.Conv2d:
+        return SparseConv2d.of(layer, r, relu)
+    raise InputError(f"{type(layer).__name__} has no sparse form: {why_not(layer)}.\n  Leave it dense.")
+
+
+def _known(r: int | None) -> int | None:
+    if r is not None and r not in ROWS:
+        raise InputError(f"r={r}: there are kernels for blocks of {', '.join(map(str, ROWS))} rows.\n  Choose one of them, or None.")
+    return r

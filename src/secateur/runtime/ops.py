@@ -1,0 +1,106 @@
+"""The operators `secateur::sparse_linear` and `secateur::sparse_conv2d` as torch sees them: shapes for export and compile, and derivatives.
+
+The pattern is fixed; the values that there are have derivatives, so a sparse layer can be trained on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.runtime.build import NoKernels, load
+from secateur.runtime.layout import Layout, dense
+
+Window = tuple[int, int, int, int, int, int, int, int]  # kernel, stride, padding and dilation, each (height, width)
+
+
+@torch.compiler.assume_constant_result  # what is compiled does not ask again
+def available() -> bool:
+    """Whether there are kernels; registers the operators the first time, and warns once where they cannot be had."""
+    return _registered()
+
+
+@lru_cache(maxsize=1)
+def _registered() -> bool:
+    try:
+        load()
+    except NoKernels as error:
+        warnings.warn(f"{error}\n  Until then sparse layers compute with dense weights.", stacklevel=4)
+        return False
+    torch.library.register_fake("secateur::sparse_linear")(_linear_shape)
+    torch.library.register_fake("secateur::sparse_conv2d")(_conv_shape)
+    torch.library.register_autograd("secateur::sparse_linear", _linear_backward, setup_context=_keep_linear)
+    torch.library.register_autograd("secateur::sparse_conv2d", _conv_backward, setup_context=_keep_conv)
+    return True
+
+
+def takes(x: Tensor, values: Tensor) -> bool:
+    """Whether the kernels compute with these tensors: float32 on the CPU."""
+    return x.dtype == values.dtype == torch.float32 and x.device.type == values.device.type == "cpu" and available()
+
+
+def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _linear_shape(x: Tensor, *others: Any) -> Tensor:
+    rows = others[4]  # after values, index, starts, bias
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _conv_shape(x: Tensor, *others: Any) -> Tensor:
+    rows, window = others[4], others[8]
+    high, wide = (out_size(x.shape[2 + i], *window[i::2]) for i in range(2))
+    return x.new_empty((x.shape[0], rows, high, wide))
+
+
+def _keep_linear(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, values, index, starts, bias, rows, columns, r, size, relu = inputs[:10]
+    ctx.save_for_backward(x, values, index, starts, output if relu else None)
+    ctx.shape, ctx.has_bias, ctx.others = (rows, columns, r, size), bias is not None, len(inputs) - 5
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
+    x, values, index, starts, output = ctx.saved_tensors
+    grad = (grad if output is None else grad * (output > 0)).flatten(0, -2)
+    of_x = of_values = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_x = (grad @ dense(values, index, starts, ctx.shape)).view(x.shape)
+    if ctx.needs_input_grad[1]:
+        of_values = _of_values(grad.mT @ x.flatten(0, -2), index, starts, ctx.shape)
+    if ctx.has_bias:
+        of_bias = grad.sum(0)
+    return of_x, of_values, None, None, of_bias, *[None] * ctx.others
+
+
+def _keep_conv(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, values, index, starts, bias, rows, r, size, relu, window = inputs[:10]
+    ctx.save_for_backward(x, values, index, starts, output if relu else None)
+    ctx.shape, ctx.window = (rows, x.shape[1] * window[0] * window[1], r, size), list(window)
+    ctx.has_bias, ctx.others = bias is not None, len(inputs) - 5
+
+
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple:
+    x, values, index, starts, output = ctx.saved_tensors
+    grad = grad if output is None else grad * (output > 0)
+    w = ctx.window
+    weight = dense(values, index, starts, ctx.shape).view(ctx.shape[0], x.shape[1], *w[:2])
+    of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
+        grad, x, weight, [ctx.shape[0]] if ctx.has_bias else None, w[2:4], w[4:6], w[6:8], False, [0, 0], 1,
+        [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias],
+    )  # fmt: skip
+    of_values = None if of_weight is None else _of_values(of_weight.flatten(1), index, starts, ctx.shape)
+    return of_x, of_values, None, None, of_bias if ctx.has_bias else None, *[None] * ctx.others
+
+
+def _of_values(of_weight: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """The derivative by every value, from that by the matrix (rows, columns)."""
+    rows, columns, r, size = shape
+    b, k = Layout(of_weight, index, starts, rows, columns, r, size).places()
+    blocks = -(-rows // r)
+    padded = torch.cat([of_weight, of_weight.new_zeros(blocks * r - rows, columns)]).view(blocks, r, columns)
+    return padded[b, :, k]

@@ -1,0 +1,13 @@
+import pytest
+
+from secateur.runtime.build import NoKernels, compiler, load
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """The compiled kernels; skips where there is no compiler."""
+    try:
+        compiler()
+    except NoKernels as error:
+        pytest.skip(str(error).splitlines()[0])
+    return load()

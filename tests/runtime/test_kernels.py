@@ -1,0 +1,155 @@
+"""Every kernel against a plain loop in float64, for every instruction set that runs here, and shapes that fit no tile."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secateur.runtime.layout import Layout
+
+ISAS = (0, 1, 2)  # the best there is, the baseline, AVX2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels(kernels):
+    return kernels
+
+
+def matrix(rows, columns, zeros, r, seed=0):
+    """Zeros in blocks of r rows; the first block full and the second empty, where there are so many."""
+    random = torch.Generator().manual_seed(seed)
+    blocks = -(-rows // r)
+    stays = torch.rand(blocks, 1, columns, generator=random) >= zeros
+    if blocks > 2:
+        stays[0], stays[1] = True, False
+    return (torch.randn(blocks, r, columns, generator=random) * stays).view(blocks * r, columns)[:rows]
+
+
+def by_loop(w, x, bias):
+    y = torch.zeros(len(x), len(w), dtype=torch.float64)
+    for t, o in itertools.product(range(len(x)), range(len(w))):
+        total = float(bias[o])
+        for k in range(w.shape[1]):
+            total += float(w[o, k]) * float(x[t, k])
+        y[t, o] = total
+    return y
+
+
+def linear(layout, x, bias=None, relu=False, isa=0):
+    return torch.ops.secateur.sparse_linear(
+        x, layout.values, layout.index, layout.starts, bias, layout.rows, layout.columns, layout.r, layout.set, relu, isa
+    )  # fmt: skip
+
+
+def conv(layout, x, window, bias=None, relu=False, isa=0):
+    return torch.ops.secateur.sparse_conv2d(x, layout.values, layout.index, layout.starts, bias, layout.rows, layout.r, layout.set, relu, window, isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("r", [1, 4, 8])
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 1, 1), (3, 5, 2), (2, 13, 40), (70, 3, 9), (5, 8, 1)])
+def test_linear_is_the_plain_loop(tokens, rows, columns, r, isa):
+    w, x, bias = matrix(rows, columns, 0.5, r), torch.randn(tokens, columns), torch.randn(rows)
+    found = linear(Layout.of(w, r, 16), x, bias, isa=isa)
+    torch.testing.assert_close(found.double(), by_loop(w, x, bias), rtol=0, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 150), st.integers(1, 200), st.sampled_from([1, 4, 8]), st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    st.sampled_from([16, 100, 65536]), st.sampled_from(ISAS), st.booleans(),
+)  # fmt: skip
+def test_linear_is_the_dense_product_for_any_shape(tokens, rows, columns, r, zeros, columns_of_set, isa, relu):
+    w, x, bias = matrix(rows, columns, zeros, r), torch.randn(tokens, columns), torch.randn(rows)
+    found = linear(Layout.of(w, r, columns_of_set), x, bias, relu, isa)
+    wanted = F.linear(x.double(), w.double(), bias.double())
+    torch.testing.assert_close(found.double(), wanted.relu() if relu else wanted, rtol=0, atol=1e-5 * (1 + float(wanted.abs().max())))
+
+
+SIZES = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 9), st.integers(1, 11), st.tuples(st.integers(1, 40), st.integers(1, 40)), SIZES,
+    st.tuples(st.integers(1, 3), st.integers(1, 3)), st.tuples(st.integers(0, 3), st.integers(0, 3)), SIZES, st.sampled_from([1, 4, 8]),
+    st.sampled_from(ISAS),
+)  # fmt: skip
+def test_convolution_is_the_dense_one_for_any_window(images, channels, filters, size, kernel, stride, padding, dilation, r, isa):
+    if any(n + 2 * p < d * (k - 1) + 1 for n, p, d, k in zip(size, padding, dilation, kernel, strict=True)):
+        return
+    w, x, bias = matrix(filters, channels * kernel[0] * kernel[1], 0.5, r), torch.randn(images, channels, *size), torch.randn(filters)
+    found = conv(Layout.of(w, r, 3 * kernel[0] * kernel[1]), x, [*kernel, *stride, *padding, *dilation], bias, isa=isa)
+    wanted = F.conv2d(x.double(), w.double().view(filters, channels, *kernel), bias.double(), stride, padding, dilation)
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5 * (1 + float(wanted.abs().max())))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_large_image_is_worked_on_in_stretches(isa):
+    w, x = matrix(12, 70 * 9, 0.7, 4), torch.randn(2, 70, 61, 67)
+    found = conv(Layout.of(w, 4, 32 * 9), x, [3, 3, 1, 1, 1, 1, 1, 1], relu=True, isa=isa)
+    wanted = F.conv2d(x.double(), w.double().view(12, 70, 3, 3), padding=1).relu()
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-3)
+
+
+def test_threads_give_the_same_bits():
+    w, x = matrix(50, 300, 0.6, 4), torch.randn(90, 300)
+    layout, image = Layout.of(w, 4), torch.randn(3, 12, 20, 20)
+    small = Layout.of(matrix(9, 12 * 9, 0.5, 1), 1)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append((linear(layout, x), conv(small, image, [3, 3, 1, 1, 1, 1, 1, 1])))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for one in found[1:] for a, b in zip(one, found[0], strict=True))
+
+
+def test_nan_goes_through_a_rectifier_and_inputs_may_lie_anywhere():
+    w = matrix(6, 10, 0.0, 1)
+    x = torch.randn(4, 11)[:, 1:].contiguous()
+    line = torch.randn(41)[1:].view(4, 10)  # not aligned
+    x[2, 3] = torch.nan
+    found = linear(Layout.of(w, 1), x, relu=True)
+    assert torch.equal(found[2].isnan(), w[:, 3] != 0) and not found[[0, 1, 3]].isnan().any()
+    assert (linear(Layout.of(w, 1), torch.full((2, 10), -torch.inf), relu=True).nan_to_num(-1) >= -1).all()
+    torch.testing.assert_close(linear(Layout.of(w, 4), line), F.linear(line, w), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("r", [1, 4, 8])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 200), (17, 65), (8, 1000)])
+def test_a_layout_is_the_matrix_and_nothing_more(shape, r):
+    w = matrix(*shape, 0.7, r)
+    layout = Layout.of(w, r, 64)
+    assert torch.equal(layout.dense(), w)
+    blocks = torch.cat([w, w.new_zeros(-len(w) % r, shape[1])]).view(-1, r, shape[1])
+    assert len(layout.index) == int((blocks != 0).any(1).sum())
+
+
+BAD = {
+    "values": lambda a: {**a, "values": a["values"][:-1].clone()},
+    "starts past the end": lambda a: {**a, "starts": a["starts"] + 1},
+    "starts that go back": lambda a: {**a, "starts": a["starts"].flip(0).contiguous()},
+    "a column too high": lambda a: {**a, "index": torch.full_like(a["index"], 10)},
+    "a negative column": lambda a: {**a, "index": torch.full_like(a["index"], -1)},
+    "another input": lambda a: {**a, "x": torch.randn(3, 9)},
+    "float64": lambda a: {**a, "x": a["x"].double()},
+    "strides": lambda a: {**a, "x": torch.randn(10, 3).t()},
+    "no such block": lambda a: {**a, "r": 3},
+    "a short bias": lambda a: {**a, "bias": torch.zeros(2)},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_belong_together_is_refused(name):
+    layout = Layout.of(matrix(6, 10, 0.3, 1), 1)
+    good = {"x": torch.randn(3, 10), "values": layout.values, "index": layout.index, "starts": layout.starts, "bias": None, "rows": 6, "columns": 10,
+            "r": 1, "set": layout.set, "relu": False}  # fmt: skip
+    torch.ops.secateur.sparse_linear(**good)
+    with pytest.raises(RuntimeError, match="secateur"):
+        torch.ops.secateur.sparse_linear(**BAD[name](good))

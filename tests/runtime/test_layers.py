@@ -1,0 +1,193 @@
+"""Sparse layers: the same function, in every way a layer is used; a converted model that says what it chose."""
+
+import copy
+import io
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.errors import InputError
+from secateur.runtime import SparseConv1d, SparseConv2d, SparseLinear, convert, sparse
+from secateur.runtime import build as build_module
+from secateur.runtime import ops as ops_module
+from secateur.runtime.layers import SparseLayer
+
+
+def zeroed(layer, share=0.8, r=4, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    w = layer.weight.detach()
+    stays = (torch.rand(-(-len(w) // r), *w.shape[1:], generator=random) >= share).repeat_interleave(r, 0)[: len(w)]
+    with torch.no_grad():
+        layer.weight.mul_(stays)
+    return layer
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(70, 37), (3, 5, 70)), "no bias": (lambda: nn.Linear(40, 64, bias=False), (9, 40)),
+    "conv2d": (lambda: nn.Conv2d(6, 10, 3, padding=1), (2, 6, 9, 8)),
+    "stride": (lambda: nn.Conv2d(6, 9, (3, 1), (2, 1), (1, 0), bias=False), (1, 6, 9, 8)),
+    "conv1d": (lambda: nn.Conv1d(5, 12, 3, stride=2, padding=2, dilation=2), (2, 5, 31)),
+}  # fmt: skip
+
+
+@pytest.fixture(params=LAYERS)
+def pair(request, kernels):
+    torch.manual_seed(0)
+    make, shape = LAYERS[request.param]
+    dense = zeroed(make())
+    return dense, sparse(dense), torch.randn(shape)
+
+
+def test_the_same_outputs_and_derivatives(pair):
+    dense, layer, x = pair
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    wanted, found = dense(a), layer(b)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    towards = torch.randn_like(wanted)
+    wanted.backward(towards)
+    found.backward(towards)
+    torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-4)
+    if dense.bias is not None:
+        torch.testing.assert_close(layer.bias.grad, dense.bias.grad, rtol=1e-4, atol=1e-4)
+    one = copy.deepcopy(layer)
+    one.values = nn.Parameter(layer.values.grad)
+    there = layer.matrix() != 0
+    torch.testing.assert_close(one.matrix()[there], dense.weight.grad.flatten(1)[there], rtol=1e-4, atol=1e-4)
+
+
+def test_training_keeps_the_zeros(pair):
+    dense, layer, x = pair
+    zeros = layer.matrix() == 0
+    optimizer = torch.optim.SGD(layer.parameters(), 0.05)
+    losses = []
+    for _ in range(5):
+        loss = (layer(x) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert ((layer.matrix() == 0) | ~zeros).all() and not torch.equal(layer.matrix(), dense.weight.flatten(1))
+
+
+def test_a_copy_a_file_and_an_export_compute_the_same(pair):
+    _, layer, x = pair
+    with torch.no_grad():
+        wanted = layer(x)
+        file = io.BytesIO()
+        torch.save(layer.state_dict(), file)
+        file.seek(0)
+        again = copy.deepcopy(layer)
+        for p in again.parameters():
+            p.zero_()
+        again.load_state_dict(torch.load(file, weights_only=True))
+        assert torch.equal(again(x), wanted)
+        exported = torch.export.export(layer, (x,))
+        assert any("sparse" in str(n.target) for n in exported.graph.nodes)
+        assert torch.equal(exported.module()(x), wanted)
+
+
+def test_compiled_it_is_one_graph(kernels):
+    net = nn.Sequential(SparseLinear.of(zeroed(nn.Linear(32, 48))), nn.ReLU(), SparseLinear.of(zeroed(nn.Linear(48, 16)))).eval()
+    x = torch.randn(7, 32)
+    with torch.no_grad():
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), net(x))
+
+
+def test_a_fused_rectifier_and_its_derivative(kernels):
+    dense = zeroed(nn.Linear(20, 12))
+    layer, x = SparseLinear.of(dense, relu=True), torch.randn(6, 20)
+    torch.testing.assert_close(layer(x), dense(x).relu(), rtol=1e-4, atol=1e-5)
+    layer(x).sum().backward()
+    dense(x).relu().sum().backward()
+    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_computed_densely(pair, dtype):
+    dense, layer, x = pair
+    wanted = copy.deepcopy(dense).to(dtype)(x.to(dtype))
+    torch.testing.assert_close(layer(x.to(dtype)), wanted, rtol=0.02, atol=0.02)
+
+
+def test_without_a_compiler_one_warning_says_the_cure(pair, monkeypatch):
+    dense, layer, x = pair
+    monkeypatch.setattr(build_module.shutil, "which", lambda name: None)
+    monkeypatch.setenv("SECATEUR_KERNELS", "/nonexistent/kernels")
+    ops_module._registered.cache_clear()
+    build_module.load.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="Install g\\+\\+"):
+            found = layer(x)
+        torch.testing.assert_close(found, dense(x), rtol=1e-4, atol=1e-5)
+        layer(x)  # says nothing more
+        assert "no kernels here" in convert(nn.Sequential(dense), (x,)).notes[0]
+    finally:
+        ops_module._registered.cache_clear()
+        build_module.load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (nn.Conv2d(4, 4, 3, groups=2), "it has 2 groups"),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "reflect"),
+        (nn.Conv2d(4, 4, 3, padding="same"), "same"),
+        (nn.ConvTranspose2d(4, 4, 3), "no plain"),
+    ],
+)
+def test_what_has_no_sparse_form_is_refused(layer, said):
+    with pytest.raises(InputError, match=said):
+        sparse(layer)
+    with pytest.raises(InputError, match="r=3"):
+        SparseLinear.of(nn.Linear(3, 3), 3)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = zeroed(nn.Conv2d(16, 64, 3, padding=1), 0.95), zeroed(nn.Conv2d(64, 16, 3, padding=1), 0.1)
+        self.fc = zeroed(nn.Linear(256, 512), 0.97)
+        self.never = zeroed(nn.Linear(5, 5), 0.9)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.b(torch.relu(self.a(x)))).flatten(2))
+
+
+def test_convert_says_what_it_chose_and_changes_nothing_else(kernels):
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(4, 16, 16, 16)
+    before = copy.deepcopy(net.state_dict())
+    found = convert(net, (x,), rounds=5)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and isinstance(net.fc, nn.Linear)
+    assert [c.layer for c in found.choices] == ["a", "fc"]  # the dense one is not looked at, and what never ran cannot be timed
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(x), net(x), rtol=1e-3, atol=1e-4)
+    for choice in found.choices:
+        layer = found.model.get_submodule(choice.layer)
+        assert isinstance(layer, SparseLayer) == bool(choice.r) and getattr(layer, "r", 0) == choice.r
+        assert choice.r == 0 or choice.sparse < choice.dense
+    chosen = {"fc": 4}
+    again = convert(net, (x,), chosen=chosen).model
+    assert isinstance(again.fc, SparseLinear) and again.fc.r == 4 and isinstance(again.a, nn.Conv2d)
+
+
+def test_a_model_that_is_slower_as_a_whole_is_not_handed_back(kernels, monkeypatch):
+    def timed(whole):
+        return lambda calls, rounds, seconds=None: [1.0, 0.5 if seconds else whole, *[2.0] * (len(calls) - 2)]
+
+    module = sys.modules["secateur.runtime.convert"]
+    net, x = nn.Sequential(zeroed(nn.Linear(64, 64), 0.9)).eval(), torch.randn(2, 64)
+    monkeypatch.setattr(module, "in_turns", timed(0.5))
+    assert isinstance(convert(net, (x,)).model[0], SparseLinear)
+    monkeypatch.setattr(module, "in_turns", timed(1.2))
+    found = convert(net, (x,))
+    assert isinstance(found.model[0], nn.Linear) and "all layers stay dense" in found.notes[0] and found.choices[0].r == 0
+
+
+def test_one_dimension_and_two_are_told_apart(kernels):
+    assert isinstance(sparse(nn.Conv1d(2, 2, 1)), SparseConv1d) and not isinstance(sparse(nn.Conv2d(2, 2, 1)), SparseConv1d)
+    assert "density" in repr(SparseConv2d.of(zeroed(nn.Conv2d(4, 4, 3))))
