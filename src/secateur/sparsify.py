@@ -80,6 +80,9 @@ class Sparse:
         """
         if not isinstance(self.pattern, (Free, NM, Block, Kernels)):
             raise InputError(f"pattern={self.pattern!r} is no pattern.\n  Pass sc.Free(), sc.NM(2, of=4), sc.Block(4, 1) or sc.Kernels().")
+        if self.permute and not isinstance(self.pattern, NM):
+            raise InputError(f"permute=True beside the pattern {self.pattern}, for which the order of inputs is not searched.\n"
+                             "  Leave permute out, or use an N:M pattern.")  # fmt: skip
         if isinstance(self.pattern, NM):
             own = Fraction(self.pattern.n, self.pattern.of)
             if self.keep is not None and share(self.keep) != own:
@@ -112,15 +115,18 @@ def sparsify(
     method = find(by)
     if method.needs != "weights" and data is None:
         raise InputError(f"by={by!r} needs calibration data.\n  Pass data=, batches of inputs; no labels are needed. by='magnitude' does without.")
+    if how.budget == "search" and data is None and not isinstance(how.pattern, NM):
+        raise InputError("budget='search' compares outputs on data.\n  Pass data=, batches of inputs without labels, or use budget='erk'.")
     kwargs = dict(kwargs or {})
     check(model, args, kwargs)
     look = _looked_at(model, (args, kwargs), how, data, say)
     if how.permute:
-        look = _reordered(look, (args, kwargs), how, data, say)
-    model, graph, chosen, study = look.model, look.graph, look.chosen, look.study
+        look = _reordered(look, (args, kwargs), how, say)
+    given, model, graph, chosen, study = model, look.model, look.graph, look.chosen, look.study
     asked = spread(chosen, state_of(model), how.pattern, keep, *_budget(look, how, keep, say))
     why = {"score": by, "pattern": written(how.pattern), "budget": how.budget if isinstance(how.budget, str) else "given", "seed": how.seed,
-           "keep": str(float(keep)), "refit": how.refit and data is not None, "corrected": how.corrected}  # fmt: skip
+           "keep": str(float(keep)), "refit": how.refit and data is not None, "corrected": how.corrected,
+           **({"permuted": True} if look.model is not given else {})}  # fmt: skip
     plan = Plan(_everything(graph), graph.cost(), graph.cost(), why)
     if study is None:
         weights = {n: mask_alone(chosen.layers[n], state_of(model)[n], one) for n, one in asked.items()}
@@ -152,33 +158,22 @@ def _looked_at(model: nn.Module, inputs: tuple[tuple, dict[str, Any]], how: Spar
     return _Look(model, graph, chosen, study_of(model, graph, data, how.seed, say) if data is not None else None, chosen.notes())
 
 
-def _reordered(look: _Look, inputs: tuple[tuple, dict[str, Any]], how: Sparse, data: Iterable[Any] | None, say: Progress) -> _Look:
-    """The same of a copy with its units in another order.
-
-    Raises:
-        InputError: the pattern is no N:M.
-    """
-    if not isinstance(how.pattern, NM):
-        raise InputError(f"permute=True beside the pattern {how.pattern}, for which the order of inputs makes no difference, or is not searched.\n"
-                         "  Leave permute out, or use an N:M pattern.")  # fmt: skip
+def _reordered(look: _Look, inputs: tuple[tuple, dict[str, Any]], how: Sparse, say: Progress) -> _Look:
+    """The same of a copy with its units in another order."""
+    assert isinstance(how.pattern, NM)  # `Sparse.share` sees to it
     say("reorder")
     squares = mean_squares(look.study, look.chosen.layers) if look.study is not None else {}
-    model, said = permuted(look.model, look.graph, look.chosen, squares, how.pattern, how.seed)
+    feeds = look.study.chunks.feeds if look.study is not None else []
+    model, said = permuted(look.model, look.graph, look.chosen, squares, how.pattern, how.seed, feeds[:1])
     if model is look.model:
         return replace(look, notes=[*look.notes, said])
-    again = _looked_at(model, inputs, how, data, say)
+    again = _looked_at(model, inputs, how, [named or args for args, named in feeds] or None, say)  # data may be read only once
     return replace(again, notes=[*again.notes, f"{said}; the plan is for that order, in which result.dense is too"])
 
 
 def _budget(look: _Look, how: Sparse, keep: Fraction, say: Progress) -> tuple[str | Mapping[str, Fraction], Mapping[str, Tensor] | None]:
-    """How much of each layer stays, or the name of the rule with what it has to know of the inputs.
-
-    Raises:
-        InputError: a search without data.
-    """
-    if how.budget == "search" and not isinstance(how.pattern, NM):
-        if look.study is None:
-            raise InputError("budget='search' compares outputs on data.\n  Pass data=, batches of inputs without labels, or use budget='erk'.")
+    """How much of each layer stays, or the name of the rule with what it has to know of the inputs."""
+    if how.budget == "search" and look.study is not None and not isinstance(how.pattern, NM):
         return searched(look.study, look.chosen, how.pattern, keep, how.seed, say), None
     return how.budget, mean_squares(look.study, look.chosen.layers) if look.study is not None and how.budget == "owl" else None
 
@@ -207,7 +202,8 @@ def mask(model: nn.Module, args: tuple, plan: Plan, kwargs: Mapping[str, Any] | 
             raise PlanError(f"weight {name!r} cannot be masked: {why}.\n  Leave it out of the plan.")
     new = {n: _masked(state[n], m) for n, m in plan.weights.items()}
     rows = [LayerMask(n.removesuffix(".weight"), tuple(m.shape), int(m.sum()), plan.patterns.get(n, "free")) for n, m in plan.weights.items()]
-    return _result(model, graph, new, plan, rows, [])
+    reordered = ["this plan was made with permute=True: it is for the model in that order, result.dense"] if plan.why.get("permuted") else []
+    return _result(model, graph, new, plan, rows, reordered)
 
 
 def _result(model: nn.Module, graph: Graph, new: Mapping[str, Tensor], plan: Plan, rows: list[LayerMask], notes: list[str]) -> Result:

@@ -27,7 +27,9 @@ def run(capsys, monkeypatch, tmp_path):
 def test_masked_saved_and_verified(run, tmp_path):
     text = run("mask", NET, "--keep", "25%", "--data", "digits", "-o", tmp_path / "out")
     assert "weights of" in text and "stay (" in text and "single weights by alps" in text and "accuracy on the test rows" in text
-    assert "nothing is wrong" in run("verify", tmp_path / "out")
+    assert "times smaller)" in (said := run("verify", tmp_path / "out")) and "nothing is wrong" in said
+    run("mask", NET, "--keep", "25%", "--entropy", "--input", "2x1x8x8", "-o", tmp_path / "small")
+    assert "nothing is wrong" in run("verify", tmp_path / "small")
     found = json.loads(run("verify", tmp_path / "out", "--json"))
     assert found["problems"] == [] and found["zeros"] >= 0.74 * found["size"] > 0
     assert "parameters are zeroed" in text
@@ -55,6 +57,7 @@ def test_without_data_the_largest_weights_stay(run):
         (["--keep", "10%", "--by", "best", "--input", "1x1x8x8"], 2, "unknown method 'best'"),
         (["--keep", "10%", "--by", "alps", "--input", "1x1x8x8"], 2, "needs calibration data"),
         (["--keep", "10%", "--stream"], 2, "reads the shards of hf/FOLDER"),
+        (["--keep", "10%", "--stream", "--entropy"], 2, "an ordinary Hugging Face folder"),
     ],
 )
 def test_refused_in_words(run, arguments, code, said):
@@ -136,3 +139,32 @@ def test_text_calibrates_a_model_in_memory(run, tmp_path):
     assert 2 * facts["why"]["kept"] == facts["why"]["of_weights"]
     assert "nothing is wrong" in run("verify", "out")
     assert "needs the tokenizer of a model folder" in run("mask", NET, "--keep", "10%", "--data", "text:corpus.txt", code=1)
+    (tmp_path / "corpus.txt").write_text("w1 w2")
+    assert "there are 2 tokens" in run("mask", "hf/dense", "--pattern", "2:4", "--data", "text:corpus.txt", code=1)
+    assert "a stream sees one block" in run("mask", "hf/dense", "--pattern", "2:4", "--permute", "--stream", "--data", "text:corpus.txt",
+                                            "--length", "2", "-o", "o", code=2)  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "positions", "windows"), [("gpt2", {"n_positions": 24}, 24), ("roberta", {"max_position_embeddings": 26}, 24)])
+def test_windows_are_as_long_as_the_model_can_take(run, tmp_path, kind, positions, windows):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from secateur.models import text
+    from secateur.models.hf import import_transformers
+
+    transformers = import_transformers()
+    config = transformers.AutoConfig.for_model(kind, vocab_size=40, pad_token_id=1, bos_token_id=0, eos_token_id=2, **positions)
+    config.save_pretrained(tmp_path / "dense")
+    found, words = text._limits(tmp_path / "dense")
+    assert (found, words) == (windows, 40)
+
+
+def test_tokens_that_a_model_does_not_know_are_refused(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from secateur.errors import DataError
+    from secateur.models import text
+    from secateur.models.hf import import_transformers
+
+    import_transformers().LlamaConfig(vocab_size=40).save_pretrained(tmp_path)
+    monkeypatch.setattr(text, "tokens_of", lambda path, folder: torch.arange(50))
+    with pytest.raises(DataError, match=r"has token 49, and the model of .* knows 40"):
+        text.text_data("text:corpus.txt", f"hf/{tmp_path}", length=8)

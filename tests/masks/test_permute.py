@@ -110,3 +110,96 @@ def test_the_reordered_model_is_the_same_function_and_loses_less(net, by):
 def test_only_patterns_with_an_order_can_be_permuted(net):
     with pytest.raises(InputError, match="permute=True beside the pattern free"):
         sc.sparsify(net, ARGS, sc.Sparse("50%", permute=True), batches())
+
+
+class Gathered(nn.Module):
+    """One reader takes the units in an order that lies in a buffer; behind it a pair that has nothing to do with that."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+        self.f, self.g = nn.Linear(8, 32), nn.Linear(32, 4)
+        self.register_buffer("i", torch.randperm(16))
+
+    def forward(self, x):
+        y = torch.relu(self.a(x))
+        return self.g(torch.relu(self.f(self.b(y) + self.c(y[:, self.i]))))
+
+
+class Constant(nn.Module):
+    """Units that meet a constant of forward(), a buffer that no file keeps, and a literal."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.a, self.b, self.kind = nn.Linear(8, 16), nn.Linear(16, 4), kind
+        self.plain = torch.rand(16) + 0.5
+        self.register_buffer("unsaved", torch.rand(16) + 0.5, persistent=False)
+
+    def forward(self, x):
+        y = torch.relu(self.a(x))
+        by = {"plain": self.plain, "unsaved": self.unsaved, "literal": torch.tensor([0.5, 1.0] * 8)}[self.kind]
+        return self.b(y * by)
+
+
+def permuted_of(model, data, example=None):
+    how = sc.Sparse(None, pattern=PATTERN, by="sparsegpt", refit=False, corrected=False, permute=True)
+    return sc.sparsify(model.eval(), (torch.zeros(2, 8) if example is None else example,), how, data)
+
+
+def test_units_in_an_index_stay_and_others_move_though_the_example_is_all_zero():
+    torch.manual_seed(0)
+    model, x = Gathered(), torch.randn(64, 8)
+    result = permuted_of(model, [x])
+    with torch.no_grad():
+        torch.testing.assert_close(result.dense(x), model(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(result.dense.a.weight, model.a.weight) and not torch.equal(result.dense.f.weight, model.f.weight)
+
+
+@pytest.mark.parametrize("kind", ["plain", "unsaved", "literal"])
+def test_units_that_meet_a_constant_stay(kind):
+    torch.manual_seed(0)
+    model, x = Constant(kind), torch.randn(64, 8)
+    result = permuted_of(model, [x])
+    assert torch.equal(result.dense.a.weight, model.a.weight)
+    assert any("no inputs were reordered" in note for note in result.notes)
+
+
+def test_an_order_that_changes_the_function_is_left_out(net, monkeypatch):
+    """Whatever is moved wrongly: the outputs decide."""
+    from secateur.masks import permute as module
+
+    right = module.reordered
+
+    def wrong(graph, state, found):
+        new = right(graph, state, found)
+        return {n: t for n, t in new.items() if n != "head.weight"}  # what reads fc keeps its order
+
+    monkeypatch.setattr(module, "reordered", wrong)
+    moved = run(net, by="magnitude", permute=True)
+    with torch.no_grad():
+        torch.testing.assert_close(moved.dense(torch.cat(batches())), net(torch.cat(batches())), rtol=1e-4, atol=1e-5)
+    assert torch.equal(moved.dense.fc.bias, net.fc.bias) and not torch.equal(moved.dense.one.weight, net.one.weight)
+
+
+def test_what_an_order_is_said_to_keep_is_what_masks_keep(net):
+    """Without data: the share of w^2, averaged over the layers that read the group; 3 x 3 windows count place by place."""
+    from secateur.masks.permute import orders
+    from secateur.masks.select import select
+
+    graph = sc.trace(net, ARGS)
+    chosen, state = select(graph, net.state_dict(), PATTERN), net.state_dict()
+    found = {one.group: one for one in orders(graph, chosen, state, {}, PATTERN, 0)}
+    plain = sc.sparsify(net, ARGS, sc.Sparse(None, "magnitude", PATTERN))
+    moved = sc.sparsify(net, ARGS, sc.Sparse(None, "magnitude", PATTERN, permute=True))
+    for group, readers in {"one:out": ["two.weight"], "first:out": ["one.weight", "fc.weight"], "fc:out": ["head.weight"]}.items():
+        for result, said in ((plain, found[group].before), (moved, found[group].after)):
+            weights, kept_of = result.dense.state_dict(), result.model.state_dict()
+            shares = [float(kept_of[n].square().sum() / weights[n].square().sum()) for n in readers]
+            assert sum(shares) / len(shares) == pytest.approx(said, abs=1e-4), (group, shares)
+
+
+def test_data_is_read_once_and_a_plan_says_what_it_is_for(net):
+    how = sc.Sparse(None, pattern=PATTERN, by="sparsegpt", permute=True)
+    result = sc.sparsify(net, ARGS, how, (b for b in batches()))
+    again = sc.mask(result.dense, ARGS, result.plan)
+    assert any("permute=True" in note for note in again.notes) and again.plan.why["permuted"]

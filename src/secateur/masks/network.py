@@ -218,7 +218,7 @@ def mean_squares(study: Study, layers: Mapping[str, Layer]) -> dict[str, Tensor]
 
 def second_moments(study: Study, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
     """E[x x^T] of what each layer takes in, in the dense network: {weight: (groups, columns, columns)}."""
-    return _averaged(study, layers, lambda rows: rows.mT @ rows / rows.shape[1])
+    return _averaged(study, layers, lambda rows: rows.float().mT @ rows.float() / rows.shape[1])
 
 
 def _averaged(study: Study, layers: Mapping[str, Layer], of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

@@ -8,12 +8,15 @@ the group. Groups of M columns are paired at random; of each pair the two column
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from secateur.errors import CutError
 from secateur.masks.select import Selection
 from secateur.pattern import NM
 from secateur.repair import put_into
@@ -21,8 +24,11 @@ from secateur.repair.layers import Layer
 from secateur.surgery.cut import same_values, state_of
 from secateur.trace import Graph, Group
 
+Call = tuple[tuple, dict[str, Any]]
+
 ROUNDS = 300
 PATIENCE = 30  # rounds without gain
+LITTLE = 5e-4  # of w^2 E[x^2]: a gain that is none
 ROWS = 4096  # of a score matrix at most: every k-th of more
 
 
@@ -37,22 +43,61 @@ class Order:
 
 
 def permuted(
-    model: nn.Module, graph: Graph, chosen: Selection, squares: Mapping[str, Tensor], pattern: NM, seed: int = 0
+    model: nn.Module, graph: Graph, chosen: Selection, squares: Mapping[str, Tensor], pattern: NM, seed: int = 0,
+    feeds: Sequence[Call] = (),
 ) -> tuple[nn.Module, str]:  # fmt: skip
     """A copy of the model with its units in the best orders that were found, and what is to be said of it; the model itself, with the
-    reason, where there are none, or where a copy turns out to be another function."""
-    state = state_of(model)
+    reason, where there are none. An order that makes it another function is left out.
+
+    Args:
+        squares: E[x_j^2] of the inputs of each layer, by weight. feeds: inputs to compare outputs on, besides the example's and random ones.
+
+    Raises:
+        CutError: the model cannot be copied.
+    """
+    state = {n: t for n, t in state_of(model).items() if n in model.state_dict() and t.is_floating_point()}
     found = orders(graph, chosen, state, squares, pattern, seed)
     if not found:
-        return model, "no inputs were reordered: no order of the units of a group keeps more"
-    made = copy.deepcopy(model).eval()
-    everything = {n: torch.ones(g.size, dtype=torch.bool) for n, g in graph.groups.items()}
-    put_into(made, graph, everything, reordered(graph, state, found))
-    if not same_values(made, model, *graph.program.example_inputs):
-        return model, "no inputs were reordered: the model was not the same function afterwards"
+        return model, "no inputs were reordered: no group of units that the pattern divides, and that layers read as they are, has a better order"
+    made, others = _made(model, graph, found), [graph.program.example_inputs, *feeds, *_random(graph, seed)]
+    if why := _differs(made, model, others):
+        found = [one for one in found if not _differs(_made(model, graph, [one]), model, others)]
+        made = _made(model, graph, found)
+        if not found or _differs(made, model, others):
+            return model, f"no inputs were reordered: {why}"
     best = max(found, key=lambda one: one.after - one.before)
     return made, (f"the units of {len(found)} groups were reordered, which leaves the model the same function; the pattern keeps {best.after:.1%} "
                   f"instead of {best.before:.1%} of the weight of {best.group}, the best of them")  # fmt: skip
+
+
+def _made(model: nn.Module, graph: Graph, found: Sequence[Order]) -> nn.Module:
+    try:
+        made = copy.deepcopy(model).eval()
+    except Exception as error:  # whatever a user's __deepcopy__ raises
+        raise CutError(f"{type(model).__name__} cannot be copied: {error}.\n  Nothing was changed. Make it copy.deepcopy-able.") from error
+    everything = {n: torch.ones(g.size, dtype=torch.bool) for n, g in graph.groups.items()}
+    put_into(made, graph, everything, reordered(graph, state_of(model), found))
+    return made
+
+
+def _random(graph: Graph, seed: int) -> list[Call]:
+    """Inputs as the example's, with other numbers where they are of floating point: an example of zeros tells nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    args, kwargs = graph.program.example_inputs
+
+    def drawn(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=generator).to(t) if t.is_floating_point() else t
+
+    return [tree_map_only(Tensor, drawn, (args, kwargs))]
+
+
+def _differs(made: nn.Module, model: nn.Module, feeds: Sequence[Call]) -> str:
+    """Why the two are not known to be the same function, '' where they are."""
+    try:
+        same = all(same_values(made, model, tuple(args), dict(kwargs)) for args, kwargs in feeds)
+    except Exception as error:  # a model that cannot run in float64
+        return f"its outputs cannot be compared in float64 ({(str(error).splitlines() or [type(error).__name__])[0][:120]})"
+    return "" if same else "the model was not the same function afterwards"
 
 
 def orders(graph: Graph, chosen: Selection, state: Mapping[str, Tensor], squares: Mapping[str, Tensor], pattern: NM, seed: int) -> list[Order]:
@@ -64,12 +109,12 @@ def orders(graph: Graph, chosen: Selection, state: Mapping[str, Tensor], squares
     found = []
     for name, group in graph.groups.items():
         scores = [s for n, x in chosen.layers.items() if (s := _score(x, group, state[n], squares.get(n))) is not None]
-        if not scores or group.size % pattern.of or group.size < 2 * pattern.of:
-            continue
+        if not scores or group.size % pattern.of or group.size < 2 * pattern.of or any(s.tensor not in state for s in group.slots):
+            continue  # or it has units in an index, a constant of forward() or a buffer that no file keeps
         score = torch.cat([s / s.sum().clamp_min(torch.finfo(s.dtype).tiny) for s in scores])
         order = best_order(score[:: -(-len(score) // ROWS)], pattern, seed)
         before, after = (float(kept(s, pattern).sum() / len(scores)) for s in (score, score[:, order]))
-        if after > before:
+        if after > before + LITTLE:
             found.append(Order(name, order, before, after))
     return found
 
@@ -126,7 +171,7 @@ def _exchanges(a: Tensor, b: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
     return best.values, best.indices
 
 
-def reordered(graph: Graph, state: Mapping[str, Tensor], found: list[Order]) -> dict[str, Tensor]:
+def reordered(graph: Graph, state: Mapping[str, Tensor], found: Sequence[Order]) -> dict[str, Tensor]:
     """The tensors that hold units of these groups, with the units in their new order."""
     new: dict[str, Tensor] = {}
     for one in found:

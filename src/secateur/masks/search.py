@@ -8,6 +8,7 @@ weights is what SparseGPT makes of it from the dense network's moments, when it 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -16,6 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from secateur.errors import DataError
 from secateur.masks.budgets import BUDGETS, LEAST, Budget, Weight, Weights
 from secateur.masks.network import columns, second_moments
 from secateur.masks.problem import Problem
@@ -63,20 +65,31 @@ def searched(study: Study, chosen: Selection, pattern: Pattern, keep: Fraction, 
 
 
 def evolved(weights: Weights, keep: Fraction, apart: Apart, batches: int, how: tuple[int, Callable[[str], None]]) -> Counts:
-    """How many weights of each layer stay; as many in all as the best rule leaves. `how`: the seed, and who is told of progress."""
+    """How many weights of each layer stay; as many in all as the best rule leaves. `how`: the seed, and who is told of progress.
+
+    Raises:
+        DataError: outputs are not finite whatever is tried.
+    """
     (seed, say), sizes = how, {n: x.size for n, x in weights.items()}
     draw, least = random.Random(seed), {n: max(1, int(LEAST * float(keep) * s)) for n, s in sizes.items()}
     starts = [{n: max(1, int(sizes[n] * d)) for n, d in rule(weights, keep).items()} for rule in BUDGETS.values()]
-    value, parent = min(((apart(s, batches), s) for s in starts), key=lambda pair: pair[0])
+    value, parent = min(((_finite(apart(s, batches)), s) for s in starts), key=lambda pair: pair[0])
+    if math.isinf(value):
+        raise DataError("budget='search' compares outputs, and with every budget tried they are not finite.\n"
+                        "  Look for infinities in what the model returns, or use budget='erk'.")  # fmt: skip
     step = max(1, sum(parent.values()) // (STEPS * len(sizes)))
     for generation in range(GENERATIONS if len(sizes) > 1 else 0):
         say(f"budget {generation + 1} of {GENERATIONS}: divergence {value:.4g}")
         children = [moved(parent, sizes, least, step, draw) for _ in range(CHILDREN)]
-        firsts = sorted(children, key=lambda c: apart(c, 1))[:SECOND_LOOK]
-        for judged, child in ((apart(c, batches), c) for c in firsts):
+        firsts = sorted(children, key=lambda c: _finite(apart(c, 1)))[:SECOND_LOOK]
+        for judged, child in ((_finite(apart(c, batches)), c) for c in firsts):
             if judged < value:
                 value, parent = judged, child
     return parent
+
+
+def _finite(divergence: float) -> float:
+    return divergence if math.isfinite(divergence) else math.inf
 
 
 def moved(parent: Mapping[str, int], sizes: Mapping[str, int], least: Mapping[str, int], step: int, draw: random.Random) -> Counts:

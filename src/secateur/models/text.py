@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -14,6 +13,8 @@ from secateur.models.hf import import_transformers
 
 SAMPLES, LENGTH = 128, 2048  # as in the papers
 ROWS = 8  # of a batch
+# Types whose positions are counted from behind the number of the padding token.
+BEHIND_PADDING = frozenset("roberta xlm-roberta xlm-roberta-xl camembert mpnet longformer data2vec-text roberta-prelayernorm".split())
 
 
 def is_text(spec: str | None) -> bool:
@@ -33,14 +34,26 @@ def text_data(spec: str, model: str, samples: int = SAMPLES, length: int = LENGT
     kind, _, folder = model.partition("/")
     if kind != "hf" or not (Path(folder) / "config.json").is_file():
         raise DataError(f"--data {spec} needs the tokenizer of a model folder, and {model} is none.\n  Give hf/FOLDER, or tokens: safetensors:FILE.")
-    try:
-        known = json.loads((Path(folder) / "config.json").read_text()).get("max_position_embeddings")
-    except ValueError:
-        known = None  # who loads the model says what is wrong with it
-    if isinstance(known, int) and known > 0:
-        length = min(length, known)
-    found = windows(tokens_of(spec.partition(":")[2], folder), samples, length, seed)
+    tokens = tokens_of(spec.partition(":")[2], folder)
+    positions, words = _limits(folder)
+    if words is not None and int(tokens.max()) >= words:
+        raise DataError(f"{spec} has token {int(tokens.max())}, and the model of {folder} knows {words}.\n"
+                        "  It was made with another tokenizer: use the model's own.")  # fmt: skip
+    found = windows(tokens, samples, min(length, positions or length), seed)
     return Data(spec, [{"input_ids": rows} for rows in found.split(ROWS)], [], labelled=False)
+
+
+def _limits(folder: str | Path) -> tuple[int | None, int | None]:
+    """How many positions and how many tokens a model knows; None where its configuration does not say."""
+    try:
+        config = import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception:  # who loads the model says what is wrong with it
+        return None, None
+    positions, words = (getattr(config, n, None) for n in ("max_position_embeddings", "vocab_size"))
+    if isinstance(positions, int) and config.model_type in BEHIND_PADDING:
+        positions -= (config.pad_token_id or 0) + 1
+    known = [n if isinstance(n, int) and n > 0 else None for n in (positions, words)]
+    return known[0], known[1]
 
 
 def tokens_of(path: str | Path, folder: str | Path) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from secateur.budget.curves import Curve
+from secateur.errors import InputError
 from secateur.repair.curves import Reader, readers_of
 from secateur.repair.fit import written_plainly
 from secateur.repair.flow import Flow, Runner, sources
@@ -56,7 +57,10 @@ class Output:
         flow.runner.zeroed_weights = {x.node for x in find_layers(self.graph)}
         (output,) = [n for n in self.graph.capture.graph.nodes if n.op == "output"]
         out = flow.value(0, output)
-        return next(v for v in tree_leaves(out) if isinstance(v, Tensor) and v.is_floating_point()).float()
+        found = next((v for v in tree_leaves(out) if isinstance(v, Tensor) and v.is_floating_point()), None)
+        if found is None:
+            raise InputError("outputs are to be compared, and the model returns none of floating point.\n  Let it return scores, not decisions.")
+        return found.float()
 
     def divergence(self, keep: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> float:
         total = sum(self.apart(d, self._run(keep, state, f)) for d, f in zip(self.dense, self.feeds, strict=True))

@@ -170,13 +170,18 @@ def block_calls(skeleton: Skeleton, feed: Mapping[str, Tensor]) -> list[BlockCal
         ModelError: the model cannot be run so.
     """
     said = ""
-    for wrapped in (False, True):  # some models take a tuple from their blocks
+    for wrapped in (False, True):  # some models take a tuple from their blocks; a tensor they would take apart without a word
         try:
-            return _calls(skeleton, feed, wrapped)
+            calls = _calls(skeleton, feed, wrapped)
         except ModelError:
             raise
         except Exception as error:  # whatever the model's forward raises
             said = said or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            continue
+        hidden = [args[0] if args else kwargs.get("hidden_states") for args, kwargs in calls]
+        if all(h is hidden[0] for h in hidden):
+            return calls
+        said = said or "it changes what flows between its blocks, and streaming would leave that out"
     raise ModelError(f"{type(skeleton.model).__name__} cannot be run block by block: {said}.\n  Leave --stream out.")
 
 
