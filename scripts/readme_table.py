@@ -68,9 +68,9 @@ def masks(folder: Path) -> Rows:
     """benchmarks/results/masks/TASK.jsonl: a line per network, the default beside SparseGPT or magnitude at each sparsity."""
     for path in sorted(folder.glob("*.jsonl")):
         rows = [row for line in path.read_text().splitlines() if "error" not in (row := json.loads(line))]
-        metric = next(m for m in ("top1", "perplexity") if m in rows[0])
+        metric = next((m for m in ("top1", "perplexity") if m in rows[0]), "")
         cells = []
-        for point in sorted({row["ratio"] for row in rows if row["method"] == "alps, ours"}):
+        for point in sorted({row["ratio"] for row in rows if metric and row["method"] == "alps, ours"}):
             by_method = _by_method(rows, point, metric)
             others = [m for m in ("sparsegpt + BN", "sparsegpt", "magnitude + BN", "magnitude") if m in by_method]
             beside = [f"{m} {statistics.fmean(by_method[m]):.2f}" for m in others]

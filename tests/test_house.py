@@ -57,6 +57,7 @@ MORE_PARAMETERS = {
     "src/secateur/cli.py:prune": "a command line's parameters are its options",
     "src/secateur/sweep.py:sweep": "what `prune` takes, for several budgets",
     "src/secateur/cli_masks.py:mask": "a command line's parameters are its options",
+    "src/secateur/cli_run.py:run": "a command line's parameters are its options",
     "src/secateur/cli.py:sweep": "a command line's parameters are its options",
     "src/secateur/cli.py:measure": "a command line's parameters are its options",
     "src/secateur/cli.py:inspect": "a command line's parameters are its options",

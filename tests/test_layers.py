@@ -24,7 +24,7 @@ LAYERS = [
     ["sweep", "stream"],
     ["job"],
     ["explore", "layer_tables"],
-    ["terminal", "cli", "cli_masks", "shell", "demo"],
+    ["terminal", "cli", "cli_masks", "cli_run", "shell", "demo"],
     ["__main__"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -37,6 +37,9 @@ SIDEWAYS = {
     ("cli", "cli_masks"): "its commands for single weights",
     ("cli", "shell"): "options that commands share",
     ("cli_masks", "shell"): "options that commands share",
+    ("cli", "cli_run"): "its command for sparse layers",
+    ("cli_run", "shell"): "options that commands share",
+    ("cli_run", "terminal"): "as the command line",
     ("cli_masks", "terminal"): "as the command line",
     ("shell", "terminal"): "the stages of the work are shown on the terminal",
     ("cli", "demo"): "`secateur demo` is one of the commands",

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from secateur import job, terminal
+from secateur.errors import InputError
 from secateur.models import load_model
 from secateur.models.verify import verify as verified
 from secateur.pattern import parse_pattern
@@ -45,6 +46,7 @@ def mask(  # noqa: PLR0913  # a command's parameters are its options
     at_once: Annotated[bool, typer.Option("--at-once", help="With --stream: one pass for each block; quicker, a little less exact.")] = False,
     data: Source = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the result.")] = None,
+    entropy: Annotated[bool, typer.Option(help="Deflate where weights are, for a smaller folder; slower to load.")] = False,
     ignore: Ignore = None,
     seed: Seed = 0,
     weights: Weights = None,
@@ -56,6 +58,8 @@ def mask(  # noqa: PLR0913  # a command's parameters are its options
     how = Sparse(keep, by, parse_pattern(pattern), budget, refit, ignore=tuple(ignore or ()), seed=seed, permute=permute)
     how.share()  # what cannot be meant is said before anything is loaded
     if stream:
+        if entropy:
+            raise InputError("--entropy beside --stream, which writes an ordinary Hugging Face folder of dense weights.\n  Leave one of them out.")
         with working(as_json) as say:
             streamed = job.streamed(model, how, (data, samples, length, at_once), out, say)
         if as_json:
@@ -68,7 +72,7 @@ def mask(  # noqa: PLR0913  # a command's parameters are its options
         say("load")
         loaded = load_model(model, weights, seed=seed)
         example = job.example_inputs(loaded, held, given)
-        done = job.masked(loaded, example, how, data=held, out=out, progress=say)
+        done = job.masked(loaded, example, how, data=held, out=out, entropy=entropy, progress=say)
         job.write_report(done, settings={"command": command_line(context)})
     if as_json:
         show(done.to_json())

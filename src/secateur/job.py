@@ -124,9 +124,9 @@ def run(
 
 def masked(
     loaded: LoadedModel, inputs: tuple[tuple, dict[str, Any]], how: Sparse, *,
-    data: Data | None = None, out: str | Path | None = None, progress: Progress | None = None,
+    data: Data | None = None, out: str | Path | None = None, entropy: bool = False, progress: Progress | None = None,
 ) -> Job:  # fmt: skip
-    """Make single weights zero, from the training part of the data; with labels measure on its test part; save.
+    """Make single weights zero, from the training part of the data; with labels measure on its test part; save. `entropy`: as in `save`.
 
     Raises whatever `sparsify`, `accuracy` and `save` raise.
     """
@@ -144,7 +144,7 @@ def masked(
     folder = None
     if out is not None:
         say("save")
-        folder = save(result, out)
+        folder = save(result, out, entropy=entropy)
     return Job(loaded.name, result, batch_of(args, kwargs), measured, folder)
 
 

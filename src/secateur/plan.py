@@ -133,6 +133,9 @@ class Plan:
         try:
             keep = {name: _unpacked(f"group {name!r}", m["bits"], [m["units"]]) for name, m in data["keep"].items()}
             held = data.get("weights", {})
+            if apart := [name for name, m in held.items() if "bits" not in m and "sha256" in m]:
+                raise PlanError(f"the mask of {apart[0]!r} is not in the plan but in the tensors of its folder.\n"
+                                "  Read the folder with secateur.models.folder.read.")  # fmt: skip
             weights = {name: _unpacked(f"weight {name!r}", m["bits"], m["shape"]) for name, m in held.items()}
             patterns = {name: str(m["pattern"]) for name, m in held.items()}
             return cls(keep, Cost(**data["before"]), Cost(**data["after"]), data["why"], weights, patterns)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from secateur.measure import Measurement
     from secateur.models.verify import Verified
     from secateur.plan import Cost
+    from secateur.runtime import Converted
     from secateur.stream import Streamed
     from secateur.trace import Graph
 
@@ -120,6 +121,8 @@ def verified(found: Verified) -> None:
     console.print(f"{found.folder}: {found.files} files with the hashes they were written with", markup=False, soft_wrap=True)
     if found.weights:
         console.print(f"{found.zeros:,} of {found.size:,} weights of {found.weights} layers are zero")
+    if 0 < found.stored < found.dense:
+        console.print(f"{size(found.stored)} of tensors on disk, {size(found.dense)} dense ({found.dense / found.stored:.2f} times smaller)")
     for problem in found.problems:
         console.print(f"wrong: {problem}", markup=False, soft_wrap=True)
     console.print("nothing is wrong" if not found.problems else f"{len(found.problems)} things are wrong")
@@ -275,6 +278,23 @@ def measurement(name: str, found: Measurement) -> None:
         table.add_row("latency, interquartile range", seconds(timed.spread))
         table.caption = f"{found.runtime}, {timed.rounds} rounds, {timed.threads} threads, {found.device}, {found.dtype}"
     out().print(table)
+
+
+def converted(name: str, found: Converted, rows: int) -> None:
+    """What was chosen for every layer, and the whole model both ways."""
+    console = out()
+    table = Table("layer", "zeros", "dense", "sparse", "taken", title=f"{name}, batch of {rows}, {found.threads} threads", title_justify="left")
+    for c in sorted(found.choices, key=lambda c: c.dense, reverse=True):
+        taken = f"sparse, {'single weights' if c.r == 1 else f'blocks of {c.r}'}" if c.r else f"dense{f': {c.why}' if c.why else ''}"
+        table.add_row(c.layer, f"{c.zeros:.1%}", f"{c.dense * 1e3:.3f} ms", f"{c.sparse * 1e3:.3f} ms", taken)
+    if found.choices:
+        console.print(table)
+        times = f"dense {found.dense * 1e3:.2f} ms, sparse {found.sparse * 1e3:.2f} ms, {found.dense / found.sparse:.2f} times as fast"
+        console.print(f"the whole: {times}")
+    elif not found.notes:
+        console.print("no layer has zeros enough (30 %) to be timed")
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False)
 
 
 def criteria(rows: Sequence[Mapping[str, str]], title: str = "criteria: what scores lowest goes first") -> None:

@@ -36,6 +36,8 @@ METHODS = "tests/masks/test_methods.py"
 SPARSIFY = "tests/masks/test_sparsify.py"
 STREAM = "tests/stream/test_stream.py"
 GAUSS_NEWTON = "tests/repair/test_gauss_newton.py"
+CODEC = "tests/pack/test_codec.py"
+DAMAGE = "tests/pack/test_damage.py"
 
 MUTANTS: list[Mutant] = [
     Mutant(
@@ -468,8 +470,127 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "windows of text are longer than a model's positions",
         "secateur/models/text.py",
-        "        length = min(length, known)\n",
-        "        pass\n",
-        ("tests/masks/test_command.py::test_text_calibrates_a_model_in_memory",),
+        "positions -= (config.pad_token_id or 0) + 1",
+        "pass",
+        ("tests/masks/test_command.py::test_windows_are_as_long_as_the_model_can_take",),
+    ),
+    Mutant(
+        "packing drops the sign of -0",
+        "secateur/pack/codec.py",
+        "    mask = bits != 0\n    how",
+        "    mask = (tensor != 0).reshape(-1).numpy()\n    how",
+        (f"{CODEC}::test_minus_zero_is_a_value",),
+    ),
+    Mutant(
+        "an index may end anywhere before its tensor does",
+        "secateur/pack/places.py",
+        "    if not reached <= size < reached + ESCAPE:\n",
+        "    if not reached <= size:\n",
+        (f"{DAMAGE}::test_an_index_beyond_the_tensor",),
+    ),
+    Mutant(
+        "a code behind the last pattern is looked up",
+        "secateur/pack/places.py",
+        "(worst := int(codes.max())) >= len(known)",
+        "(worst := int(codes.max())) > len(known)",
+        (f"{DAMAGE}::test_a_code_that_stands_for_nothing",),
+    ),
+    Mutant(
+        "a small file may fill the memory",
+        "secateur/pack/header.py",
+        "    elif header.nbytes > most(",
+        "    elif 0 > most(",
+        (f"{DAMAGE}::test_what_unfolds_beyond_measure_is_refused_before_it_does",),
+    ),
+    Mutant(
+        "places are inflated without a limit",
+        "secateur/pack/entropy.py",
+        "stage.decompress(held.tobytes(), size + 1)",
+        "stage.decompress(held.tobytes())",
+        (f"{DAMAGE}::test_no_more_is_inflated_than_is_said",),
+    ),
+    Mutant(
+        "the parts of a packed tensor take the place of a real one",
+        "secateur/pack/archive.py",
+        "not parts.keys() & tensors.keys() and ",
+        "",
+        (f"{DAMAGE}::test_real_tensors_with_the_names_of_parts",),
+    ),
+    Mutant(
+        "a folder takes the zeros it finds for those of its plan",
+        "secateur/models/plan_file.py",
+        'elif hashlib.sha256(held := bits_of(tensors[name])).hexdigest() == entry["sha256"]:',
+        "elif held := bits_of(tensors[name]):",
+        (f"{SPARSIFY}::test_another_weight_in_the_place_of_one_is_found",),
+    ),
+    Mutant(
+        "an order that changes the function is taken",
+        "secateur/masks/permute.py",
+        "    if why := _differs(made, model, others):\n",
+        "    if why := \"\":\n",
+        ("tests/masks/test_permute.py::test_an_order_that_changes_the_function_is_left_out",),
+    ),
+    Mutant(
+        "windows of a convolution are grouped across places",
+        "secateur/masks/permute.py",
+        ".movedim(2, 1).reshape(-1, group.size)",
+        ".reshape(-1, group.size)",
+        ("tests/masks/test_permute.py::test_what_an_order_is_said_to_keep_is_what_masks_keep",),
+    ),
+    Mutant(
+        "one batch decides between budgets",
+        "secateur/masks/search.py",
+        "for judged, child in ((_finite(apart(c, batches)), c) for c in firsts):",
+        "for judged, child in ((_finite(apart(c, 1)), c) for c in firsts):",
+        ("tests/masks/test_search.py::test_all_batches_decide",),
+    ),
+    Mutant(
+        "infinite moments pass for finite ones",
+        "secateur/masks/problem.py",
+        "for v in torch.aminmax(t))",
+        "for v in torch.aminmax(t)[:1])",
+        ("tests/masks/test_search.py::test_finite_is_what_isfinite_says",),
+    ),
+    Mutant(
+        "embeddings in half precision make the stream half precise",
+        "secateur/stream/skeleton.py",
+        "            return found.float()\n",
+        "            return found\n",
+        (f"{STREAM}::test_embeddings_that_are_stored_in_half_precision_are_as_good_as_copied",),
+    ),
+    Mutant(
+        "a kernel forgets the bias of a later set of columns",
+        "secateur/runtime/csrc/kernels.cpp",
+        "const float* bias = set == 0 ? first : nullptr;",
+        "const float* bias = first;",
+        ("tests/runtime/test_kernels.py",),
+    ),
+    Mutant(
+        "a line of a padded image is one pixel short",
+        "secateur/runtime/csrc/kernels.cpp",
+        "line = std::max(line, w.out_width);",
+        "line = w.out_width;",
+        ("tests/runtime/test_kernels.py",),
+    ),
+    Mutant(
+        "column numbers are not checked",
+        "secateur/runtime/csrc/ops.cpp",
+        "< std::min(set, columns - q * set)",
+        "< 65537",
+        ("tests/runtime/test_kernels.py::test_what_does_not_belong_together_is_refused",),
+    ),
+    Mutant(
+        "the derivative of values is that of the whole matrix's other rows",
+        "secateur/runtime/ops.py",
+        "    return padded[b, :, k]\n",
+        "    return padded[b.flip(0), :, k]\n",
+        ("tests/runtime/test_layers.py::test_the_same_outputs_and_derivatives",),
+    ),
+    Mutant(
+        "a slower model is handed back",
+        "secateur/runtime/convert.py",
+        "    if after > SLOWER * before and",
+        "    if False and",
+        ("tests/runtime/test_layers.py::test_a_model_that_is_slower_as_a_whole_is_not_handed_back",),
     ),
 ]

@@ -6,14 +6,15 @@ from fractions import Fraction
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import secateur as sc
 from secateur.errors import DataError, FormatError, InputError, ModelError, PlanError
 from secateur.models.atomic import sha256
-from secateur.models.folder import _sealed
+from secateur.models.folder import _sealed, read
 from secateur.models.verify import verify
+from secateur.pack import read_archive, write_archive
 from secateur.pattern import parse_pattern
 
 
@@ -144,15 +145,15 @@ def folder(request, net, tmp_path_factory):
     return sc.save(result, tmp_path_factory.mktemp("masks") / "out"), result
 
 
-def rewritten(folder, change, tmp_path):
+def rewritten(folder, change, tmp_path, packed=True):
     """The folder with other tensors, and with the hashes of those: as if it had been saved so."""
     import shutil
 
-    new = tmp_path / "changed"
+    new = tmp_path / f"changed{packed}"
     shutil.copytree(folder, new)
-    tensors = load_file(new / "model.safetensors")
+    tensors = read_archive(new / "model.safetensors")
     change(tensors)
-    save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+    write_archive(tensors, new / "model.safetensors", set(tensors) if packed else ())
     document = json.loads((new / "plan.json").read_text())
     document.pop("sha256")
     document["files"]["model.safetensors"] = {"bytes": (new / "model.safetensors").stat().st_size, "sha256": sha256(new / "model.safetensors")}
@@ -177,8 +178,27 @@ def test_one_weight_too_many_is_found(folder, tmp_path):
     def change(tensors):
         tensors["inner.weight"][where] = 0.5
 
-    new, _ = rewritten(path, change, tmp_path)
+    for packed in (True, False):
+        new, _ = rewritten(path, change, tmp_path, packed)
+        assert ("inner.weight" in load_file(new / "model.safetensors")) != packed
+        kept = int(result.plan.weights["inner.weight"].sum())
+        assert verify(new).problems == (f"inner.weight: {kept + 1} weights are not zero, and the plan keeps {kept}",)
+    dense = sc.save(result, tmp_path / "dense", packed=False)
+    new, _ = rewritten(dense, change, tmp_path / "dense_too", False)
     assert verify(new).problems == ("inner.weight: 1 weights that the plan removed are not zero",)
+
+
+def test_another_weight_in_the_place_of_one_is_found(folder, tmp_path):
+    path, result = folder
+    stays = result.plan.weights["inner.weight"]
+    here, there = (tuple(m.nonzero()[0].tolist()) for m in (stays, ~stays))
+
+    def change(tensors):
+        tensors["inner.weight"][there], tensors["inner.weight"][here] = 0.5, 0.0
+
+    new, _ = rewritten(path, change, tmp_path)
+    (problem,) = verify(new).problems
+    assert problem == f"inner.weight: {int(stays.sum())} weights are not zero, and the plan keeps as many, but not the same ones"
 
 
 def test_a_negative_zero_is_found(folder, tmp_path):
@@ -188,15 +208,20 @@ def test_a_negative_zero_is_found(folder, tmp_path):
     def change(tensors):
         tensors["fc.weight"][where] = -0.0
 
-    new, _ = rewritten(path, change, tmp_path)
-    assert verify(new).problems == ("fc.weight: 1 zeros are -0",)
+    for packed in (True, False):
+        new, _ = rewritten(path, change, tmp_path, packed)
+        assert ("fc.weight" in load_file(new / "model.safetensors")) != packed
+        assert verify(new).problems == ("fc.weight: 1 zeros are -0",)
 
 
 @pytest.mark.parametrize("folder", ["2:4", "blocks", "wide blocks", "kernels"], indirect=True)
 def test_an_illegal_group_is_found(folder, tmp_path):
-    path, result = folder
+    path, _ = folder
     new, document = rewritten(path, lambda tensors: None, tmp_path)
-    plan = sc.Plan.from_json(document["plan"])
+    with pytest.raises(PlanError, match="in the tensors of its folder"):
+        sc.Plan.from_json(document["plan"])
+    plan = sc.Plan.from_json(read(path).document["plan"])
+    assert all(torch.equal(plan.weights[n], m) for n, m in folder[1].plan.weights.items())
     stays = plan.weights["inner.weight"].clone()
     where = tuple((~stays).nonzero()[0].tolist())
     stays[where] = True  # one more in its group, or one alone in its block

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,35 +18,44 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secateur.errors import FormatError, InputError
 from secateur.models import graph_file, recipe
 from secateur.models.atomic import GRAPH, MARK, TENSORS, backup, replace_folder, sha256
 from secateur.models.example import describe, rebuild
+from secateur.models.plan_file import with_bits, without_bits
+from secateur.pack import read_archive, write_archive
 
 if TYPE_CHECKING:
     from secateur.prune import Result
 
-FORMAT = "secateur/1"
+PLAIN, PACKED = "secateur/1", "secateur/2"  # the second where tensors are packed; versions before it cannot read those
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A folder that was read and checked: its document and its tensors, each by name."""
+    """A folder that was read and checked: its document and its tensors, each by name. `unlike`: one sentence for every weight that is not
+    zero where its mask was; the plan in the document is without them."""
 
     folder: Path
     document: dict[str, Any]
     tensors: dict[str, Tensor]
+    unlike: tuple[str, ...] = ()
 
     def example_inputs(self) -> tuple[tuple, dict[str, Any]]:
         """Random inputs of the shapes the model was pruned with: (args, kwargs), the same ones every time."""
         return rebuild(self.document["inputs"])
 
 
-def save(result: Result, folder: str | Path) -> Path:
+def save(result: Result, folder: str | Path, packed: bool = True, entropy: bool = False) -> Path:
     """Write what `prune` returned into `folder`, replacing an older result there only once the new one is complete.
+
+    Args:
+        result: of `prune`, `sparsify`, `mask` or `mend`. folder: a path.
+        packed: store weights with zeros of the plan in the smallest layout (docs/format.md), where that is smaller than dense. `load` gives
+            back the same bits either way.
+        entropy: deflate the places of those weights as well; smaller from about 80 % zeros on, and slower to load.
 
     Returns the folder. The graph goes along when `torch.export` can follow the cut model and the graph read back
     gives the same outputs bit for bit; otherwise `plan.json` says why it does not, and `load` needs a factory.
@@ -73,7 +82,6 @@ def save(result: Result, folder: str | Path) -> Path:
     if module is not None:
         form, why = recipe.graph_form(result.model, module, tensors, args, kwargs)
     document = {
-        "format": FORMAT,
         "versions": _versions(),
         "model": type(result.model).__name__,
         "how": result.cut.how,
@@ -86,15 +94,17 @@ def save(result: Result, folder: str | Path) -> Path:
         "before": asdict(result.before),
         "after": asdict(result.after),
         "proof": result.proof.to_json(),
-        "plan": result.plan.to_json(),
     }
 
     def fill(fresh: Path) -> None:
-        _save_tensors(stored, fresh / TENSORS)
+        names = {aliases.get(name, name) for name in result.plan.weights} if packed else set()
+        held = _save_tensors(stored, fresh / TENSORS, names, entropy)
         if form is not None:
             (fresh / GRAPH).write_text(json.dumps(form, separators=(",", ":")))
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(fresh.iterdir())}
-        (fresh / MARK).write_text(_sealed({**document, "files": files}))
+        state = {**stored, **{name: stored[source] for name, source in aliases.items()}}
+        plan = without_bits(result.plan, state, {name for name in state if aliases.get(name, name) in held})
+        (fresh / MARK).write_text(_sealed({"format": PACKED if held else PLAIN, **document, "plan": plan, "files": files}))
         shutil.copymode(fresh / MARK, fresh / TENSORS)  # safetensors writes for the owner alone
 
     replace_folder(folder, fill)
@@ -149,17 +159,19 @@ def read(folder: str | Path) -> Saved:
         what = "has no plan.json" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
         raise FormatError(f"{folder} {what}.\n  {hint}")
     document = _unsealed(folder / MARK)
-    if document.get("format") != FORMAT:
+    if document.get("format") not in (PLAIN, PACKED):
         raise FormatError(
-            f"{folder} has format {document.get('format')!r}, this version of secateur reads {FORMAT!r}.\n"
+            f"{folder} has format {document.get('format')!r}, this version of secateur reads {PLAIN!r} and {PACKED!r}.\n"
             f"  It was written by secateur {document.get('versions', {}).get('secateur', '?')}: install that version."
         )
     with _well_formed(folder):
         for name, facts in document["files"].items():
             _check_file(folder / name, facts)
-        tensors = _load_tensors(folder / TENSORS)
+        tensors = read_archive(folder / TENSORS)
         _check_tensors(folder, document, tensors)
-    return Saved(folder, document, tensors)
+        state = {**tensors, **{name: tensors[source] for name, source in document["aliases"].items()}}
+        document["plan"], unlike = with_bits(document["plan"], state)
+    return Saved(folder, document, tensors, tuple(unlike))
 
 
 # ---------------------------------------------------------------- the parts of a folder
@@ -188,21 +200,15 @@ def _well_formed(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _save_tensors(stored: Mapping[str, Tensor], path: Path) -> None:
+def _save_tensors(stored: Mapping[str, Tensor], path: Path, pack: Collection[str], entropy: bool) -> list[str]:
+    """Returns which are packed, of those named in `pack`."""
     try:
-        save_file(dict(stored), path, metadata={"format": "pt"})
+        return write_archive(stored, path, pack, entropy)
     except safetensors.SafetensorError as error:  # its I/O errors carry no errno; ask the disk itself
         with path.open("ab") as file:
             file.write(b"\0" * 2**20)
             file.flush()
         raise FormatError(f"{path.name} could not be written: {error}") from error
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise FormatError(f"{path} cannot be read: {error}.\n  The file is damaged: save the model again.") from error
 
 
 def _sealed(document: dict[str, Any]) -> str:

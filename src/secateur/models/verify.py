@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.errors import FormatError, PlanError
 from secateur.masks.exact import illegal, wrong_zeros
-from secateur.models.atomic import MARK
+from secateur.models.atomic import MARK, TENSORS
 from secateur.models.folder import read
 from secateur.plan import Plan
 
@@ -21,6 +21,7 @@ class Verified:
     Attributes:
         folder: what was looked at. files: how many were hashed.
         weights: layers with a mask; size: their weights; zeros: how many of them are zero.
+        stored, dense: bytes of the file of tensors, and of the tensors in it where none is packed.
         problems: one sentence for each thing that is wrong.
     """
 
@@ -30,6 +31,8 @@ class Verified:
     size: int = 0
     zeros: int = 0
     problems: tuple[str, ...] = ()
+    stored: int = 0
+    dense: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,11 +52,12 @@ def verify(folder: str | Path) -> Verified:
         raise FormatError(f"{saved.folder / MARK} holds no plan: {error}") from error
     aliases = saved.document["aliases"]
     state: dict[str, Tensor] = {n: saved.tensors[aliases.get(n, n)] for n in plan.weights if aliases.get(n, n) in saved.tensors}
-    problems = [f"{n}: the plan masks it, and the folder has no such tensor" for n in plan.weights if n not in state]
+    problems = [*saved.unlike, *(f"{n}: the plan masks it, and the folder has no such tensor" for n in plan.weights if n not in state)]
     fitting = {n: m for n, m in plan.weights.items() if n in state and state[n].shape == m.shape}
     for n in state.keys() - fitting.keys():
         problems.append(f"{n}: is {tuple(state[n].shape)}, and its mask is {tuple(plan.weights[n].shape)}")
     problems += wrong_zeros(state, fitting) + illegal(fitting, plan.patterns)
     size = sum(state[n].numel() for n in fitting)
     zeros = sum(int((state[n] == 0).sum()) for n in fitting)
-    return Verified(str(saved.folder), files, len(fitting), size, zeros, tuple(problems))
+    stored, dense = (saved.folder / TENSORS).stat().st_size, sum(t.nbytes for t in saved.tensors.values())
+    return Verified(str(saved.folder), files, len(fitting), size, zeros, tuple(problems), stored, dense)

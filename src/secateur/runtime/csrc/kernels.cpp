@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "sparse.h"
@@ -26,9 +27,11 @@ class Buffer {
   float* floats(int64_t n) {
     if (n > size_) {
       std::free(at_);
-      size_ = (n + 63) / 64 * 64 + 64;
-      at_ = static_cast<float*>(std::aligned_alloc(64, size_ * 4));
-      if (!at_) std::abort();
+      size_ = 0;
+      const int64_t most = (n + 63) / 64 * 64 + 64;
+      at_ = static_cast<float*>(std::aligned_alloc(64, most * 4));
+      if (!at_) throw std::bad_alloc();
+      size_ = most;
     }
     return at_;
   }
