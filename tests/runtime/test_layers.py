@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.errors import InputError
-from secateur.runtime import SparseConv1d, SparseConv2d, SparseLinear, convert, sparse
+from secateur.errors import InputError, ProofError
+from secateur.runtime import SparseConv1d, SparseConv2d, SparseLinear, convert, fold, sparse
 from secateur.runtime import build as build_module
 from secateur.runtime import ops as ops_module
 from secateur.runtime.layers import SparseLayer
@@ -191,3 +191,60 @@ def test_a_model_that_is_slower_as_a_whole_is_not_handed_back(kernels, monkeypat
 def test_one_dimension_and_two_are_told_apart(kernels):
     assert isinstance(sparse(nn.Conv1d(2, 2, 1)), SparseConv1d) and not isinstance(sparse(nn.Conv2d(2, 2, 1)), SparseConv1d)
     assert "density" in repr(SparseConv2d.of(zeroed(nn.Conv2d(4, 4, 3))))
+
+
+class Normed(nn.Module):
+    """Batch norms with and without a rectifier, a depthwise convolution, a shortcut that reads what a rectifier gave, a 1-d tail."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n1 = zeroed(nn.Conv2d(8, 16, 3, padding=1, bias=False), 0.6), nn.BatchNorm2d(16)
+        self.d, self.n2 = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16)
+        self.b, self.act = zeroed(nn.Conv2d(16, 16, 3, stride=1, padding=1), 0.9), nn.ReLU(inplace=True)
+        self.c, self.fc = zeroed(nn.Conv1d(16, 12, 3), 0.5), zeroed(nn.Linear(12, 20), 0.5)
+        for norm in (self.n1, self.n2):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        y = self.act(self.n1(self.a(x)))
+        y = self.act(y + self.n2(self.d(y)))
+        y = y + self.act(self.b(y))
+        return self.fc(torch.relu(self.c(y.flatten(2))).mean(-1))
+
+
+def test_a_folded_graph_is_the_model(kernels):
+    torch.manual_seed(0)
+    net, x = Normed().eval(), torch.randn(3, 8, 9, 7)
+    before = copy.deepcopy(net.state_dict())
+    graph = fold(net, (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x), net(x), rtol=1e-4, atol=1e-5)
+        other = torch.randn_like(x)
+        torch.testing.assert_close(graph(other), net(other), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    kinds = {n: type(m).__name__ for n, m in graph.named_children()}
+    assert kinds == {"a_folded": "Rectified", "d_folded": "Conv2d", "b_folded": "Rectified", "c_folded": "Rectified", "fc_folded": "Linear"}
+    assert not any("batch_norm" in str(n.target) or n.op == "get_attr" for n in graph.graph.nodes)
+
+
+def test_a_folded_model_is_converted(kernels, monkeypatch):
+    monkeypatch.setattr(sys.modules["secateur.runtime.convert"], "GAIN", 1e9)  # whatever is measured
+    monkeypatch.setattr(sys.modules["secateur.runtime.convert"], "SLOWER", 1e9)
+    torch.manual_seed(0)
+    net, x = Normed().eval(), torch.randn(3, 8, 9, 7)
+    found = convert(net, (x,), rounds=3, fold=True)
+    assert {c.layer for c in found.choices if c.r} == {"a_folded", "b_folded", "c_folded", "fc_folded"}
+    assert found.model.a_folded.relu and not found.model.fc_folded.relu
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(x), net(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_wrong_layer_is_not_handed_back(kernels, monkeypatch):
+    net, x = nn.Sequential(zeroed(nn.Linear(64, 64), 0.9)).eval(), torch.randn(2, 64)
+
+    monkeypatch.setattr(sys.modules["secateur.runtime.convert"], "sparse", lambda layer, r=None: nn.Linear(64, 64))
+    with pytest.raises(ProofError, match="apart"):
+        convert(net, (x,), chosen={"0": 1})

@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from secateur.errors import ProofError
 from secateur.measure.run import at_rest
-from secateur.runtime.layers import SparseLayer, sparse, why_not
+from secateur.runtime.fold import fold as folded
+from secateur.runtime.layers import Rectified, SparseLayer, inner, sparse, why_not
 from secateur.runtime.layout import ROWS, Layout
 from secateur.runtime.ops import available
 
 LEAST = 0.3  # share of zeros below which a layer stays dense unseen
 GAIN = 0.97  # of the dense time: what a sparse layer takes at most
 ROUNDS, SECONDS = 15, 0.3  # of one layer: timings each way, and time for all of them
+TOLERANCE = 1e-3  # of the largest output: sums in another order
 SLOWER = 1.01  # end to end: a model that takes longer than this is not handed back
 
 
@@ -55,7 +59,8 @@ class Converted:
 
 
 def convert(
-    model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None, *, chosen: Mapping[str, int] | None = None, rounds: int = ROUNDS
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None, *, chosen: Mapping[str, int] | None = None, rounds: int = ROUNDS,
+    fold: bool = False,
 ) -> Converted:  # fmt: skip
     """Sparse layers in place of those that are quicker so, on this machine, with these inputs and torch's number of threads now.
 
@@ -63,17 +68,21 @@ def convert(
         model: with zeros in its weights; it is not changed. args, kwargs: what it is called with, of the batch size that counts.
         chosen: {layer: rows of a block}: take these and time nothing, as an earlier `Converted.chosen` said.
         rounds: timings each way, in turns.
+        fold: take batch norms and rectifiers into the layers before them first; what comes back is then the captured graph, for inference and
+            for inputs of these shapes.
 
-    The whole model is timed too: what is handed back is not slower than the model given, or is a copy of it.
+    The whole model is timed too: what is handed back is not slower than the model given, or is a copy of it; and its outputs are compared.
 
     Raises:
-        InputError: `chosen` names a layer that has no sparse form.
+        InputError: `chosen` names a layer that has no sparse form. CaptureError: with `fold`, torch.export cannot follow the model.
+        ProofError: the outputs differ by more than float32 explains.
     """
     kwargs = dict(kwargs or {})
-    made = copy.deepcopy(model).eval()
+    made = folded(model, args, kwargs) if fold else copy.deepcopy(model).eval()
     if chosen is not None:
         for name, r in chosen.items():
             _put(made, name, sparse(made.get_submodule(name), r))
+        _compared(model, made, args, kwargs)
         return Converted(made, [], 0.0, 0.0, torch.get_num_threads())
     notes: list[str] = []
     choices: list[Choice] = []
@@ -86,6 +95,7 @@ def convert(
             choices.append(choice)
             if layer is not None:
                 _put(made, name, layer)
+        _compared(model, made, args, kwargs)
         before, after = in_turns([lambda: model(*args, **kwargs), lambda: made(*args, **kwargs)], rounds)
     if after > SLOWER * before and any(c.r for c in choices):
         notes.append(f"with sparse layers the model took {after * 1e3:.2f} ms, without {before * 1e3:.2f} ms: all layers stay dense")
@@ -98,8 +108,9 @@ def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[st
     """What each layer with enough zeros takes in, at its first call."""
     found: dict[str, Tensor] = {}
     handles = []
+    inside = {id(m.layer) for m in model.modules() if isinstance(m, Rectified)}
     for name, module in model.named_modules():
-        if name and not why_not(module) and float((module.get_parameter("weight") == 0).float().mean()) >= LEAST:
+        if name and id(module) not in inside and not why_not(module) and zeros_of(module) >= LEAST:
             handles.append(module.register_forward_pre_hook(lambda m, a, n=name: found.setdefault(n, a[0].detach()) if a else None))
     try:
         model(*args, **kwargs)
@@ -109,10 +120,14 @@ def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[st
     return {n: x for n, x in found.items() if x.dtype == torch.float32 and x.device.type == "cpu"}
 
 
+def zeros_of(layer: nn.Module) -> float:
+    """The share of zeros of its weight."""
+    return float((inner(layer).get_parameter("weight") == 0).float().mean())
+
+
 def _chosen(name: str, layer: nn.Module, x: Tensor, rounds: int) -> tuple[Choice, SparseLayer | None]:
     """The quickest form of a layer on its input."""
-    weight = layer.get_parameter("weight").flatten(1)
-    zeros = float((weight == 0).float().mean())
+    weight, zeros = inner(layer).get_parameter("weight").flatten(1), zeros_of(layer)
     fewest = min(n * len(Layout.of(weight, n).index) for n in ROWS)
     forms = [sparse(layer, r) for r in ROWS if r * len(Layout.of(weight, r).index) <= max(2 * fewest, 1)]
     dense, *times = in_turns([lambda: layer(x), *(_call(f, x) for f in forms)], rounds, SECONDS)
@@ -140,6 +155,17 @@ def in_turns(calls: list[Callable[[], Any]], rounds: int, seconds: float | None 
         if seconds is not None and turn >= 2 and time.perf_counter() - begin > seconds:
             break
     return [median(t) for t in times]
+
+
+def _compared(model: nn.Module, made: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    with at_rest(model), torch.inference_mode():
+        pairs = zip(tree_leaves(model(*args, **kwargs)), tree_leaves(made(*args, **kwargs)), strict=True)
+        for a, b in pairs:
+            if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
+                apart, largest = float((a - b).abs().max()), float(a.abs().max())
+                if not apart <= TOLERANCE * largest:  # NaN too
+                    raise ProofError(f"with sparse layers the outputs are {apart:.2e} apart, of {largest:.2e}; {TOLERANCE:g} of that is accepted.\n"
+                                     "  Nothing was changed. This is a fault of secateur: please report the model.")  # fmt: skip
 
 
 def _put(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -119,8 +119,20 @@ class SparseConv1d(SparseConv2d):
         return super().forward(x.unsqueeze(-2)).squeeze(-2)
 
 
+class Rectified(nn.Module):
+    """A layer and the ReLU behind it."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu_(self.layer(x))
+
+
 def why_not(layer: nn.Module) -> str:
     """Why a layer has no sparse form, '' where it has one."""
+    layer = inner(layer)
     if type(layer) is nn.Linear:
         return ""
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d)) or type(layer) not in (nn.Conv1d, nn.Conv2d):
@@ -133,12 +145,18 @@ def why_not(layer: nn.Module) -> str:
     return f"its window has {taps} taps" if taps > 65536 else ""
 
 
+def inner(layer: nn.Module) -> nn.Module:
+    """The layer that holds the weight."""
+    return layer.layer if isinstance(layer, Rectified) else layer
+
+
 def sparse(layer: nn.Module, r: int | None = None, relu: bool = False) -> SparseLayer:
     """The sparse form of a layer with zeros in its weight.
 
     Raises:
         InputError: it has none.
     """
+    layer, relu = inner(layer), relu or isinstance(layer, Rectified)
     if type(layer) is nn.Linear:
         return SparseLinear.of(layer, r, relu)
     if type(layer) is nn.Conv1d:

@@ -1,0 +1,86 @@
+"""A model as its captured graph, with batch norms and rectifiers taken into the layers before them: for inference, in inputs of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from secateur.repair.fit import Affine, folded
+from secateur.repair.layers import Layer, find_layers, norm_names
+from secateur.runtime.layers import Rectified
+from secateur.surgery.cut import state_of
+from secateur.surgery.predict import predict
+from secateur.trace import Graph, trace
+from secateur.trace.call import bind, op_name
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d}
+
+
+def fold(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None) -> fx.GraphModule:
+    """The model's graph with plain layers in it: `nn.Linear` and `nn.Conv1d` / `nn.Conv2d`, each with the batch norm that follows it in its
+    weights, and as `Rectified` with the ReLU that follows. `model` is not changed.
+
+    Args:
+        args, kwargs: inputs of the shapes that it will be called with.
+
+    Raises:
+        CaptureError: torch.export cannot follow the model.
+    """
+    graph = trace(model, args, dict(kwargs or {}))
+    state = {**graph.capture.values, **state_of(model)}
+    prediction = predict(graph, {n: torch.ones(g.size, dtype=torch.bool) for n, g in graph.groups.items()}, state)
+    module, nodes = prediction.module, prediction.nodes
+    for layer in find_layers(graph):
+        if layer.why_not or layer.transposed or state[layer.weight].dtype != torch.float32 or len(layer.window.get("kernel", ())) > 2:
+            continue
+        last = _rectifier(layer.end)
+        made: nn.Module = _plain(layer, _affine(graph, layer, state))
+        if last is not layer.end:
+            made = Rectified(made)
+        name = layer.name.replace(".", "_") + "_folded"
+        module.add_module(name, made.eval())
+        new = nodes[layer.node]
+        with module.graph.inserting_before(new):
+            call = module.graph.call_module(name, (nodes[layer.source],))
+        nodes[last].replace_all_uses_with(call)
+        for node in dict.fromkeys((last, layer.end, layer.node)):
+            module.graph.erase_node(nodes[node])
+            nodes[node] = call
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module
+
+
+def _rectifier(node: fx.Node) -> fx.Node:
+    """The ReLU that alone reads the node, or the node."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and op_name(users[0]) == "relu" else node
+
+
+def _affine(graph: Graph, layer: Layer, state: Mapping[str, Tensor]) -> Affine:
+    if layer.norm is None:
+        return folded(layer, state, None, 0.0)
+    return folded(layer, state, norm_names(graph, layer.norm), float(bind(layer.norm)["eps"]))
+
+
+def _plain(layer: Layer, affine: Affine) -> nn.Linear | nn.Conv1d | nn.Conv2d:
+    """One module for the map; its bias is left out where there is none."""
+    w, b = affine.w.flatten(0, 1).float(), affine.b.flatten().float()
+    has_bias = bool(layer.bias or layer.norm)
+    made: nn.Linear | nn.Conv1d | nn.Conv2d
+    if not layer.window:
+        made = nn.utils.skip_init(nn.Linear, w.shape[1], len(w), bias=has_bias)
+    else:
+        window = {k: tuple(int(n) for n in layer.window[k]) for k in ("stride", "padding", "dilation")}
+        kernel = tuple(int(n) for n in layer.window["kernel"])
+        channels = w.shape[1] * layer.groups // layer.kernel
+        made = nn.utils.skip_init(CONVS[len(kernel)], channels, len(w), kernel, groups=layer.groups, bias=has_bias, **window)
+    with torch.no_grad():
+        made.weight.copy_(w.view_as(made.weight))
+        if made.bias is not None:
+            made.bias.copy_(b)
+    return made
