@@ -285,7 +285,7 @@ def converted(name: str, found: Converted, rows: int) -> None:
     console = out()
     table = Table("layer", "zeros", "dense", "sparse", "taken", title=f"{name}, batch of {rows}, {found.threads} threads", title_justify="left")
     for c in sorted(found.choices, key=lambda c: c.dense, reverse=True):
-        taken = f"sparse, {'single weights' if c.r == 1 else f'blocks of {c.r}'}" if c.r else f"dense{f': {c.why}' if c.why else ''}"
+        taken = f"{c.form}: {c.why}" if c.why else c.form
         table.add_row(c.layer, f"{c.zeros:.1%}", f"{c.dense * 1e3:.3f} ms", f"{c.sparse * 1e3:.3f} ms", taken)
     if found.choices:
         console.print(table)

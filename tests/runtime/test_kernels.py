@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from secateur.runtime.decode import packed, unpacked
 from secateur.runtime.layout import Layout
 
 ISAS = (0, 1, 2)  # the best there is, the baseline, AVX2
@@ -94,6 +95,38 @@ def test_a_large_image_is_worked_on_in_stretches(isa):
     found = conv(Layout.of(w, 4, 32 * 9), x, [3, 3, 1, 1, 1, 1, 1, 1], relu=True, isa=isa)
     wanted = F.conv2d(x.double(), w.double().view(12, 70, 3, 3), padding=1).relu()
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 70), st.integers(1, 200), st.sampled_from([0.0, 0.5, 0.9, 1.0]), st.booleans(), st.sampled_from(ISAS))
+def test_decoding_is_the_dense_product_for_any_shape(tokens, rows, columns, zeros, half, isa):
+    w = matrix(rows, columns, zeros, 1).to(torch.bfloat16 if half else torch.float32)
+    values, masks, starts = packed(w)
+    assert torch.equal(unpacked(values, masks, (rows, columns)), w) and len(values) == int((w != 0).sum()) + 32
+    x, bias = torch.randn(tokens, columns), torch.randn(rows)
+    found = torch.ops.secateur.sparse_decode(x, values, masks, starts, bias, rows, columns, isa)
+    wanted = F.linear(x.double(), w.double(), bias.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5 * (1 + float(wanted.abs().max())))
+
+
+WRONG = {
+    "a bit too many": lambda a: {**a, "masks": a["masks"] | 0x7FFFFFFF},
+    "a bit too few": lambda a: {**a, "masks": a["masks"] & 0x7FFFFF00},
+    "starts past the end": lambda a: {**a, "starts": a["starts"] + 1},
+    "starts that go back": lambda a: {**a, "starts": torch.tensor([0, a["starts"][2] + 5, a["starts"][2]])},
+    "no room to read": lambda a: {**a, "values": a["values"][:-1].clone()},
+    "masks of another shape": lambda a: {**a, "masks": a["masks"][:-8].clone()},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("isa", ISAS)
+def test_masks_and_values_that_do_not_belong_together_are_refused(name, isa):
+    values, masks, starts = packed(matrix(13, 70, 0.5, 1))
+    good = {"x": torch.randn(1, 70), "values": values, "masks": masks, "starts": starts, "bias": None, "rows": 13, "columns": 70, "isa": isa}
+    torch.ops.secateur.sparse_decode(**good)
+    with pytest.raises(RuntimeError, match="secateur"):
+        torch.ops.secateur.sparse_decode(**WRONG[name](good))
 
 
 def test_threads_give_the_same_bits():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from secateur.errors import InputError, ProofError
-from secateur.runtime import SparseConv1d, SparseConv2d, SparseLinear, convert, fold, sparse
+from secateur.runtime import DecodeLinear, SparseConv1d, SparseConv2d, SparseLinear, convert, fold, sparse
 from secateur.runtime import build as build_module
 from secateur.runtime import ops as ops_module
 from secateur.runtime.layers import SparseLayer
@@ -168,9 +168,10 @@ def test_convert_says_what_it_chose_and_changes_nothing_else(kernels):
         torch.testing.assert_close(found.model(x), net(x), rtol=1e-3, atol=1e-4)
     for choice in found.choices:
         layer = found.model.get_submodule(choice.layer)
-        assert isinstance(layer, SparseLayer) == bool(choice.r) and getattr(layer, "r", 0) == choice.r
-        assert choice.r == 0 or choice.sparse < choice.dense
-    chosen = {"fc": 4}
+        assert isinstance(layer, SparseLayer) == (choice.form != "dense")
+        assert choice.form == "dense" or (choice.form == f"{layer.r}x1" and choice.sparse < choice.dense)
+    assert found.chosen == {c.layer: c.form for c in found.choices if c.form != "dense"}
+    chosen = {"fc": "4x1"}
     again = convert(net, (x,), chosen=chosen).model
     assert isinstance(again.fc, SparseLinear) and again.fc.r == 4 and isinstance(again.a, nn.Conv2d)
 
@@ -185,7 +186,7 @@ def test_a_model_that_is_slower_as_a_whole_is_not_handed_back(kernels, monkeypat
     assert isinstance(convert(net, (x,)).model[0], SparseLinear)
     monkeypatch.setattr(module, "in_turns", timed(1.2))
     found = convert(net, (x,))
-    assert isinstance(found.model[0], nn.Linear) and "all layers stay dense" in found.notes[0] and found.choices[0].r == 0
+    assert isinstance(found.model[0], nn.Linear) and "all layers stay dense" in found.notes[0] and found.choices[0].form == "dense"
 
 
 def test_one_dimension_and_two_are_told_apart(kernels):
@@ -236,7 +237,7 @@ def test_a_folded_model_is_converted(kernels, monkeypatch):
     torch.manual_seed(0)
     net, x = Normed().eval(), torch.randn(3, 8, 9, 7)
     found = convert(net, (x,), rounds=3, fold=True)
-    assert {c.layer for c in found.choices if c.r} == {"a_folded", "b_folded", "c_folded", "fc_folded"}
+    assert set(found.chosen) == {"a_folded", "b_folded", "c_folded", "fc_folded"}
     assert found.model.a_folded.relu and not found.model.fc_folded.relu
     with torch.no_grad():
         torch.testing.assert_close(found.model(x), net(x), rtol=1e-3, atol=1e-4)
@@ -247,4 +248,32 @@ def test_a_wrong_layer_is_not_handed_back(kernels, monkeypatch):
 
     monkeypatch.setattr(sys.modules["secateur.runtime.convert"], "sparse", lambda layer, r=None: nn.Linear(64, 64))
     with pytest.raises(ProofError, match="apart"):
-        convert(net, (x,), chosen={"0": 1})
+        convert(net, (x,), chosen={"0": "1x1"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_and_many_are_the_dense_layer(kernels, dtype):
+    torch.manual_seed(0)
+    dense = zeroed(nn.Linear(100, 37), 0.7, r=1).to(dtype)
+    layer = copy.deepcopy(DecodeLinear.of(dense))
+    for tokens in (1, 4, 5, 30):
+        x = torch.randn(tokens, 100).to(dtype)
+        torch.testing.assert_close(layer(x), dense(x), rtol=0.02, atol=0.02 if dtype == torch.bfloat16 else 1e-4)
+    again = DecodeLinear(torch.zeros(37, 100, dtype=dtype), torch.zeros(37, dtype=dtype))
+    again.values = torch.zeros_like(layer.values)
+    again.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 100).to(dtype)
+    assert torch.equal(again(x), layer(x)) and not list(layer.parameters())
+    assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+def test_a_model_that_decodes_gets_bits(kernels, monkeypatch):
+    monkeypatch.setattr(sys.modules["secateur.runtime.convert"], "GAIN", 1e9)
+    monkeypatch.setattr(sys.modules["secateur.runtime.convert"], "SLOWER", 1e9)
+    torch.manual_seed(0)
+    net = nn.Sequential(zeroed(nn.Linear(64, 128), 0.7, r=1), nn.ReLU(), zeroed(nn.Linear(128, 8), 0.7, r=1)).to(torch.bfloat16).eval()
+    found = convert(net, (torch.randn(1, 64).bfloat16(),), rounds=3)
+    assert found.chosen == {"0": "bits", "2": "bits"} and isinstance(found.model[0], DecodeLinear)
+    assert convert(net, (torch.randn(9, 64).bfloat16(),), rounds=3).chosen == {}  # more tokens than that are not bound by bytes
+    with pytest.raises(InputError, match="there are dense"):
+        convert(net, (torch.randn(1, 64).bfloat16(),), chosen={"0": "3x1"})

@@ -2,7 +2,8 @@
 
 from secateur.runtime.build import NoKernels
 from secateur.runtime.convert import Choice, Converted, convert
+from secateur.runtime.decode import DecodeLinear
 from secateur.runtime.fold import fold
 from secateur.runtime.layers import SparseConv1d, SparseConv2d, SparseLinear, sparse
 
-__all__ = ["Choice", "Converted", "NoKernels", "SparseConv1d", "SparseConv2d", "SparseLinear", "convert", "fold", "sparse"]
+__all__ = ["Choice", "Converted", "DecodeLinear", "NoKernels", "SparseConv1d", "SparseConv2d", "SparseLinear", "convert", "fold", "sparse"]

@@ -21,7 +21,7 @@ from secateur.errors import SecateurError
 SOURCES = Path(__file__).parent / "csrc"
 COMMON = ["-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden"]
 X86 = {
-    "avx512": (16, ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"]),
+    "avx512": (16, ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx512vbmi2", "-mfma", "-mprefer-vector-width=512"]),
     "avx2": (8, ["-mavx2", "-mfma"]),
     "baseline": (4, []),
 }
@@ -75,9 +75,10 @@ def build(to: Path | None = None, extra: list[str] | None = None) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as work:
             lines, objects = [], []
             for isa, (width, flags) in (X86 if x86 else OTHER).items():
-                objects.append(f"{work}/{isa}.o")
                 names = [f"-DSECATEUR_ISA={isa}", f"-DSECATEUR_WIDTH={width}"]
-                lines.append([cxx, *COMMON, *flags, *(extra or []), *names, "-c", str(SOURCES / "kernels.cpp"), "-o", objects[-1]])
+                for part in ("kernels", "decode"):
+                    objects.append(f"{work}/{part}-{isa}.o")
+                    lines.append([cxx, *COMMON, *flags, *(extra or []), *names, "-c", str(SOURCES / f"{part}.cpp"), "-o", objects[-1]])
             lines.append([cxx, *COMMON, *(extra or []), *include, "-c", str(SOURCES / "ops.cpp"), "-o", f"{work}/ops.o"])
             fresh = f"{work}/{path.name}"
             lines.append([cxx, "-shared", "-o", fresh, *objects, f"{work}/ops.o", f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch", *(extra or [])])

@@ -13,29 +13,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from secateur.errors import ProofError
+from secateur.errors import InputError, ProofError
 from secateur.measure.run import at_rest
+from secateur.runtime.decode import TOKENS, DecodeLinear
 from secateur.runtime.fold import fold as folded
-from secateur.runtime.layers import Rectified, SparseLayer, inner, sparse, why_not
+from secateur.runtime.layers import Rectified, inner, sparse, why_not
 from secateur.runtime.layout import ROWS, Layout
 from secateur.runtime.ops import available
 
+DENSE, BITS = "dense", "bits"
+FORMS = (DENSE, *(f"{r}x1" for r in ROWS), BITS)  # blocks of rows that share their columns; a bit for every weight
 LEAST = 0.3  # share of zeros below which a layer stays dense unseen
 GAIN = 0.97  # of the dense time: what a sparse layer takes at most
 ROUNDS, SECONDS = 15, 0.3  # of one layer: timings each way, and time for all of them
+COARSE = 0.05  # the same in bfloat16
 TOLERANCE = 1e-3  # of the largest output: sums in another order
 SLOWER = 1.01  # end to end: a model that takes longer than this is not handed back
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What became of one layer. Seconds are medians of one call; `r`: rows of a block, 0 where it stays dense."""
+    """What became of one layer. Seconds are medians of one call; `form`: "dense", or what the weight is stored as (`FORMS`)."""
 
     layer: str
     zeros: float
     dense: float
     sparse: float
-    r: int
+    form: str
     why: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -53,20 +57,25 @@ class Converted:
     threads: int
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def chosen(self) -> dict[str, str]:
+        """{layer: form} of those that are not dense."""
+        return {c.layer: c.form for c in self.choices if c.form != DENSE}
+
     def to_json(self) -> dict[str, Any]:
         return {"dense_seconds": self.dense, "sparse_seconds": self.sparse, "threads": self.threads, "notes": self.notes,
                 "layers": [c.to_json() for c in self.choices]}  # fmt: skip
 
 
 def convert(
-    model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None, *, chosen: Mapping[str, int] | None = None, rounds: int = ROUNDS,
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None, *, chosen: Mapping[str, str] | None = None, rounds: int = ROUNDS,
     fold: bool = False,
 ) -> Converted:  # fmt: skip
     """Sparse layers in place of those that are quicker so, on this machine, with these inputs and torch's number of threads now.
 
     Args:
         model: with zeros in its weights; it is not changed. args, kwargs: what it is called with, of the batch size that counts.
-        chosen: {layer: rows of a block}: take these and time nothing, as an earlier `Converted.chosen` said.
+        chosen: {layer: form}: take these and time nothing, as `chosen` of an earlier result says.
         rounds: timings each way, in turns.
         fold: take batch norms and rectifiers into the layers before them first; what comes back is then the captured graph, for inference and
             for inputs of these shapes.
@@ -80,8 +89,8 @@ def convert(
     kwargs = dict(kwargs or {})
     made = folded(model, args, kwargs) if fold else copy.deepcopy(model).eval()
     if chosen is not None:
-        for name, r in chosen.items():
-            _put(made, name, sparse(made.get_submodule(name), r))
+        for name, form in chosen.items():
+            _put(made, name, formed(made.get_submodule(name), form))
         _compared(model, made, args, kwargs)
         return Converted(made, [], 0.0, 0.0, torch.get_num_threads())
     notes: list[str] = []
@@ -97,10 +106,10 @@ def convert(
                 _put(made, name, layer)
         _compared(model, made, args, kwargs)
         before, after = in_turns([lambda: model(*args, **kwargs), lambda: made(*args, **kwargs)], rounds)
-    if after > SLOWER * before and any(c.r for c in choices):
+    if after > SLOWER * before and any(c.form != DENSE for c in choices):
         notes.append(f"with sparse layers the model took {after * 1e3:.2f} ms, without {before * 1e3:.2f} ms: all layers stay dense")
         made, after = copy.deepcopy(model).eval(), before
-        choices = [Choice(c.layer, c.zeros, c.dense, c.sparse, 0, "slower as a whole") for c in choices]
+        choices = [Choice(c.layer, c.zeros, c.dense, c.sparse, DENSE, "slower as a whole") for c in choices]
     return Converted(made, choices, before, after, torch.get_num_threads(), notes)
 
 
@@ -117,7 +126,7 @@ def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[st
     finally:
         for handle in handles:
             handle.remove()
-    return {n: x for n, x in found.items() if x.dtype == torch.float32 and x.device.type == "cpu"}
+    return {n: x for n, x in found.items() if x.device.type == "cpu" and _forms(model.get_submodule(n), x)}
 
 
 def zeros_of(layer: nn.Module) -> float:
@@ -125,16 +134,41 @@ def zeros_of(layer: nn.Module) -> float:
     return float((inner(layer).get_parameter("weight") == 0).float().mean())
 
 
-def _chosen(name: str, layer: nn.Module, x: Tensor, rounds: int) -> tuple[Choice, SparseLayer | None]:
+def _forms(layer: nn.Module, x: Tensor) -> list[str]:
+    """The forms that a layer may take for such an input."""
+    weight = inner(layer).get_parameter("weight").flatten(1)
+    few = type(layer) is nn.Linear and x.numel() <= TOKENS * weight.shape[1]
+    bits = [BITS] if few and x.dtype == weight.dtype in (torch.float32, torch.bfloat16) else []
+    if not x.dtype == weight.dtype == torch.float32:
+        return bits
+    stored = {r: r * len(Layout.of(weight, r).index) for r in ROWS}
+    return [f"{r}x1" for r, n in stored.items() if n <= max(2 * min(stored.values()), 1)] + bits
+
+
+def formed(layer: nn.Module, form: str) -> nn.Module:
+    """A layer in another form.
+
+    Raises:
+        InputError: there is no such form, or not of this layer.
+    """
+    if form not in FORMS:
+        raise InputError(f"form {form!r}: there are {', '.join(FORMS)}.\n  Choose one of them.")
+    if form == BITS:
+        if type(layer) is not nn.Linear:
+            raise InputError(f"{type(layer).__name__} has no form {BITS!r}: only linear layers have.\n  Choose another.")
+        return DecodeLinear.of(layer)
+    return layer if form == DENSE else sparse(layer, int(form[0]))
+
+
+def _chosen(name: str, layer: nn.Module, x: Tensor, rounds: int) -> tuple[Choice, nn.Module | None]:
     """The quickest form of a layer on its input."""
-    weight, zeros = inner(layer).get_parameter("weight").flatten(1), zeros_of(layer)
-    fewest = min(n * len(Layout.of(weight, n).index) for n in ROWS)
-    forms = [sparse(layer, r) for r in ROWS if r * len(Layout.of(weight, r).index) <= max(2 * fewest, 1)]
-    dense, *times = in_turns([lambda: layer(x), *(_call(f, x) for f in forms)], rounds, SECONDS)
+    zeros, forms = zeros_of(layer), _forms(layer, x)
+    made = [formed(layer, form) for form in forms]
+    dense, *times = in_turns([lambda: layer(x), *(_call(f, x) for f in made)], rounds, SECONDS)
     quickest = min(range(len(forms)), key=times.__getitem__)
     if times[quickest] > GAIN * dense:
-        return Choice(name, zeros, dense, times[quickest], 0, "dense is as quick"), None
-    return Choice(name, zeros, dense, times[quickest], forms[quickest].r), forms[quickest]
+        return Choice(name, zeros, dense, times[quickest], DENSE, "dense is as quick"), None
+    return Choice(name, zeros, dense, times[quickest], forms[quickest]), made[quickest]
 
 
 def _call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
@@ -162,9 +196,10 @@ def _compared(model: nn.Module, made: nn.Module, args: tuple, kwargs: Mapping[st
         pairs = zip(tree_leaves(model(*args, **kwargs)), tree_leaves(made(*args, **kwargs)), strict=True)
         for a, b in pairs:
             if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
+                tolerance = TOLERANCE if a.dtype == torch.float32 else COARSE
                 apart, largest = float((a - b).abs().max()), float(a.abs().max())
-                if not apart <= TOLERANCE * largest:  # NaN too
-                    raise ProofError(f"with sparse layers the outputs are {apart:.2e} apart, of {largest:.2e}; {TOLERANCE:g} of that is accepted.\n"
+                if not apart <= tolerance * largest:  # NaN too
+                    raise ProofError(f"with sparse layers the outputs are {apart:.2e} apart, of {largest:.2e}; {tolerance:g} of that is accepted.\n"
                                      "  Nothing was changed. This is a fault of secateur: please report the model.")  # fmt: skip
 
 

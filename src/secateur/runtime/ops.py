@@ -32,6 +32,7 @@ def _registered() -> bool:
         warnings.warn(f"{error}\n  Until then sparse layers compute with dense weights.", stacklevel=4)
         return False
     torch.library.register_fake("secateur::sparse_linear")(_linear_shape)
+    torch.library.register_fake("secateur::sparse_decode")(_linear_shape)
     torch.library.register_fake("secateur::sparse_conv2d")(_conv_shape)
     torch.library.register_autograd("secateur::sparse_linear", _linear_backward, setup_context=_keep_linear)
     torch.library.register_autograd("secateur::sparse_conv2d", _conv_backward, setup_context=_keep_conv)

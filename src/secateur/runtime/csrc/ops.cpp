@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -21,7 +22,7 @@ namespace {
 
 const Kernels& best() {
 #if defined(__x86_64__)
-  static const Kernels& found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") ? kernels_avx512
+  static const Kernels& found = __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512dq") ? kernels_avx512
                                 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")       ? kernels_avx2
                                                                                                         : kernels_baseline;
   return found;
@@ -119,7 +120,42 @@ Tensor sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, std::
   return y;
 }
 
+Tensor sparse_decode(Tensor x, Tensor values, Tensor masks, Tensor starts, std::optional<Tensor> bias, int64_t rows, int64_t columns, int64_t isa) {
+  const bool half = values.scalar_type() == ScalarType::BFloat16;
+  check(x, ScalarType::Float, "x");
+  check(values, half ? ScalarType::BFloat16 : ScalarType::Float, "values");
+  check(masks, ScalarType::Int, "masks");
+  check(starts, ScalarType::Long, "starts");
+  STD_TORCH_CHECK(rows > 0 && columns > 0 && x.dim() > 0 && x.size(x.dim() - 1) == columns, "secateur: x has other columns than the weight");
+  const int64_t blocks = (rows + 7) / 8, chunks = (columns + 31) / 32, tokens = x.numel() / columns;
+  STD_TORCH_CHECK(masks.numel() == blocks * chunks * 8 && starts.numel() == blocks + 1, "secateur: masks and starts do not belong together");
+  Bits m{values.const_data_ptr(), reinterpret_cast<const uint32_t*>(masks.const_data_ptr<int32_t>()), starts.const_data_ptr<int64_t>(), nullptr, rows,
+         columns, half};
+  STD_TORCH_CHECK(m.starts[0] == 0 && m.starts[blocks] == values.numel() - 32, "secateur: starts do not span the values");
+  for (int64_t b = 0; b < blocks; b++) STD_TORCH_CHECK(m.starts[b] <= m.starts[b + 1], "secateur: starts go back");
+  if (bias) {
+    check(*bias, ScalarType::Float, "bias");
+    STD_TORCH_CHECK(bias->numel() == rows, "secateur: one bias for each row");
+    m.bias = bias->const_data_ptr<float>();
+  }
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = rows;
+  Tensor y = torch::stable::new_empty(x, shape);
+  std::vector<float> padded(tokens * chunks * 32);
+  for (int64_t t = 0; t < tokens; t++) std::copy_n(x.const_data_ptr<float>() + t * columns, columns, padded.data() + t * chunks * 32);
+  float* to = y.mutable_data_ptr<float>();
+  std::atomic<bool> whole{true};
+  const Kernels& kernels = chosen(isa);
+  torch::stable::parallel_for(0, blocks, 16, [&](int64_t first, int64_t last) {
+    for (int64_t t = 0; t < tokens; t++)
+      if (!kernels.decode(m, padded.data() + t * chunks * 32, to + t * rows, first, last)) whole = false;
+  });
+  STD_TORCH_CHECK(whole, "secateur: masks and values do not belong together");
+  return y;
+}
+
 STABLE_TORCH_LIBRARY(secateur, m) {
+  m.def("sparse_decode(Tensor x, Tensor values, Tensor masks, Tensor starts, Tensor? bias, int rows, int columns, int isa=0) -> Tensor");
   m.def("sparse_linear(Tensor x, Tensor values, Tensor index, Tensor starts, Tensor? bias, int rows, int columns, int r, int set, bool relu, int isa=0) "
         "-> Tensor");
   m.def("sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, Tensor? bias, int rows, int r, int set, bool relu, int[] window, int isa=0) "
@@ -127,6 +163,7 @@ STABLE_TORCH_LIBRARY(secateur, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(secateur, CPU, m) {
+  m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
   m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
   m.impl("sparse_conv2d", TORCH_BOX(&sparse_conv2d));
 }

@@ -21,6 +21,17 @@ struct Matrix {
   int64_t sets() const { return (columns + set - 1) / set; }
 };
 
+// A sparse matrix as a bit for every weight: blocks of 8 rows, chunks of 32 columns, the masks of a chunk's 8 rows side by side, and the values
+// in that order, of block b from starts[b]. 32 values more than there are may be read.
+struct Bits {
+  const void* values;  // bfloat16 where `half`, else float32
+  const uint32_t* masks;
+  const int64_t* starts;
+  const float* bias;  // or null
+  int64_t rows, columns;
+  bool half;
+};
+
 // An image (channels, height, width) and the window that is moved over it, in pixels.
 struct Window {
   int64_t channels, height, width, out_height, out_width;
@@ -35,6 +46,7 @@ struct Kernels {
   void (*conv)(const Matrix&, const Window&, const int32_t* offsets, const float* x, float* y, int64_t part, int64_t from, int64_t to);
   int64_t (*conv_parts)(const Window&);
   void (*conv_offsets)(const Window&, int32_t* offsets);  // in the buffer, of every column: (channel, kernel_h, kernel_w)
+  bool (*decode)(const Bits&, const float* x, float* y, int64_t from, int64_t to);
   int32_t (*largest)(const uint16_t* index, int64_t n);
 };
 
