@@ -1,6 +1,7 @@
 """Sparse layers: the same function, in every way a layer is used; a converted model that says what it chose."""
 
 import copy
+import importlib
 import io
 import sys
 
@@ -10,9 +11,10 @@ from torch import nn
 
 from secateur.errors import InputError, ProofError
 from secateur.runtime import DecodeLinear, SparseConv1d, SparseConv2d, SparseLinear, convert, fold, sparse
-from secateur.runtime import build as build_module
 from secateur.runtime import ops as ops_module
 from secateur.runtime.layers import SparseLayer
+
+build_module = importlib.import_module("secateur.runtime.build")  # the package has a function of that name
 
 
 def zeroed(layer, share=0.8, r=4, seed=0):
