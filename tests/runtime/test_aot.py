@@ -25,7 +25,8 @@ def test_a_program_without_python_computes_the_same(kernels, tmp_path):
         wanted = float(model(x).double().sum())
     root = Path(torch.__file__).parent
     line = [compiler(), "-std=c++20", "-O1", str(SOURCE), "-o", str(tmp_path / "run"), f"-I{root}/include",
-            f"-I{root}/include/torch/csrc/api/include", f"-L{root}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl", f"-Wl,-rpath,{root}/lib"]  # fmt: skip
+            f"-I{root}/include/torch/csrc/api/include", f"-L{root}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl",
+            f"-Wl,-rpath,{root}/lib"]  # fmt: skip
     subprocess.run(line, check=True)
     done = subprocess.run([tmp_path / "run", build(), package, *"2 16 8 8".split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
