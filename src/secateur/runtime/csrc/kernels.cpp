@@ -13,7 +13,8 @@
 
 namespace secateur {
 namespace SECATEUR_ISA {
-bool decode(const Bits& m, const float* x, float* y, int64_t from, int64_t to);  // decode.cpp
+void arrange(const Bits& m, const float* x, float* to);  // decode.cpp
+bool decode(const Bits& m, const float* x, float* y, int64_t from, int64_t to);
 namespace {
 
 constexpr int WIDTH = SECATEUR_WIDTH;
@@ -265,6 +266,6 @@ int32_t largest(const uint16_t* index, int64_t n) {
 #define TABLE(isa) JOINED(kernels_, isa)
 extern const Kernels TABLE(SECATEUR_ISA);
 const Kernels TABLE(SECATEUR_ISA) = {SECATEUR_ISA::linear, SECATEUR_ISA::conv, SECATEUR_ISA::conv_parts, SECATEUR_ISA::conv_offsets,
-                                     SECATEUR_ISA::decode, SECATEUR_ISA::largest};
+                                     SECATEUR_ISA::arrange, SECATEUR_ISA::decode, SECATEUR_ISA::largest};
 
 }  // namespace secateur

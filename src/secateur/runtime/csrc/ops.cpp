@@ -141,11 +141,11 @@ Tensor sparse_decode(Tensor x, Tensor values, Tensor masks, Tensor starts, std::
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = rows;
   Tensor y = torch::stable::new_empty(x, shape);
+  const Kernels& kernels = chosen(isa);
   std::vector<float> padded(tokens * chunks * 32);
-  for (int64_t t = 0; t < tokens; t++) std::copy_n(x.const_data_ptr<float>() + t * columns, columns, padded.data() + t * chunks * 32);
+  for (int64_t t = 0; t < tokens; t++) kernels.arrange(m, x.const_data_ptr<float>() + t * columns, padded.data() + t * chunks * 32);
   float* to = y.mutable_data_ptr<float>();
   std::atomic<bool> whole{true};
-  const Kernels& kernels = chosen(isa);
   torch::stable::parallel_for(0, blocks, 16, [&](int64_t first, int64_t last) {
     for (int64_t t = 0; t < tokens; t++)
       if (!kernels.decode(m, padded.data() + t * chunks * 32, to + t * rows, first, last)) whole = false;

@@ -46,6 +46,7 @@ struct Kernels {
   void (*conv)(const Matrix&, const Window&, const int32_t* offsets, const float* x, float* y, int64_t part, int64_t from, int64_t to);
   int64_t (*conv_parts)(const Window&);
   void (*conv_offsets)(const Window&, int32_t* offsets);  // in the buffer, of every column: (channel, kernel_h, kernel_w)
+  void (*arrange)(const Bits&, const float* x, float* to);
   bool (*decode)(const Bits&, const float* x, float* y, int64_t from, int64_t to);
   int32_t (*largest)(const uint16_t* index, int64_t n);
 };
