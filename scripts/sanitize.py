@@ -14,7 +14,7 @@ FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit
 
 
 def library(name: str) -> str:
-    return subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run([*compiler().split(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> int:

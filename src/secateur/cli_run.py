@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from secateur import job, terminal
@@ -24,6 +24,7 @@ def run(  # noqa: PLR0913  # a command's parameters are its options
     threads: Annotated[int, typer.Option(min=1, help="Threads of the timed runs.")] = 1,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows of a batch; as the inputs have them without it.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Timed runs each way.")] = 15,
+    fold: Annotated[bool, typer.Option("--fold", help="Take batch norms and rectifiers into layers first; always so for a folder's graph.")] = False,
     factory: Annotated[str | None, typer.Option(help="Builds the dense model of a folder without a graph.")] = None,
     data: Source = None,
     weights: Weights = None,
@@ -41,7 +42,7 @@ def run(  # noqa: PLR0913  # a command's parameters are its options
             args, kwargs = of_rows(args, kwargs, batch)
         say("time every layer both ways")
         with using(threads):
-            found = convert(loaded.model, args, kwargs, rounds=rounds)
+            found = convert(loaded.model, args, kwargs, rounds=rounds, fold=fold or isinstance(loaded.model, fx.GraphModule))
     if as_json:
         show({"model": model, "batch": batch_of(args, kwargs), **found.to_json()})
     else:

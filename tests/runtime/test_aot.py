@@ -24,7 +24,7 @@ def test_a_program_without_python_computes_the_same(kernels, tmp_path):
         package = torch._inductor.aoti_compile_and_package(torch.export.export(made, (x,)), package_path=str(tmp_path / "model.pt2"))
         wanted = float(model(x).double().sum())
     root = Path(torch.__file__).parent
-    line = [compiler(), "-std=c++20", "-O1", str(SOURCE), "-o", str(tmp_path / "run"), f"-I{root}/include",
+    line = [*compiler().split(), "-std=c++20", "-O1", str(SOURCE), "-o", str(tmp_path / "run"), f"-I{root}/include",
             f"-I{root}/include/torch/csrc/api/include", f"-L{root}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl",
             f"-Wl,-rpath,{root}/lib"]  # fmt: skip
     subprocess.run(line, check=True)

@@ -35,5 +35,11 @@ def test_a_masked_folder_is_timed_layer_by_layer(typed, tmp_path):
     assert "batch of 2, 1 threads" in text and "times as fast" in text
 
 
+def test_a_folder_with_its_graph_needs_no_factory(typed, tmp_path):
+    typed("mask", f"{NETS}:net", "--keep", "10%", "--input", "2x1x8x8", "-o", tmp_path / "out")
+    found = json.loads(typed("run", tmp_path / "out", "--rounds", "3", "--json"))
+    assert len(found["layers"]) >= 4
+
+
 def test_a_dense_model_has_nothing_to_time(typed):
     assert "no layer has zeros enough" in typed("run", f"{NETS}:net", "--input", "2x1x8x8", "--rounds", "3")

@@ -186,3 +186,19 @@ def test_what_does_not_belong_together_is_refused(name):
     torch.ops.secateur.sparse_linear(**good)
     with pytest.raises(RuntimeError, match="secateur"):
         torch.ops.secateur.sparse_linear(**BAD[name](good))
+
+
+@pytest.mark.parametrize("window", [[3, (2**64 + 2) // 3, 1, 1, 1, (2**64 + 2) // 6, 1, 1], [1, 1, 2**40, 2**40, 0, 0, 1, 1]])
+def test_windows_that_cannot_be_counted_are_refused(window):
+    empty = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="secateur"):
+        torch.ops.secateur.sparse_conv2d(
+            torch.randn(1, 1, 1, 1), torch.zeros(0, 1), torch.zeros(0, dtype=torch.int16), empty, None, 1, 1, 2, False, window
+        )  # fmt: skip
+
+
+def test_sets_are_never_larger_than_a_column_number():
+    w = matrix(2, 70_000, 0.9, 1)
+    assert torch.equal(Layout.of(w, 1, 70_000).dense(), w)
+    x = torch.randn(3, 70_000)
+    torch.testing.assert_close(linear(Layout.of(w, 1, 70_000), x).double(), F.linear(x.double(), w.double()), rtol=0, atol=1e-2)

@@ -119,7 +119,7 @@ def test_without_a_compiler_one_warning_says_the_cure(pair, monkeypatch):
     dense, layer, x = pair
     monkeypatch.setattr(build_module.shutil, "which", lambda name: None)
     monkeypatch.setenv("SECATEUR_KERNELS", "/nonexistent/kernels")
-    ops_module._registered.cache_clear()
+    ops_module._register.cache_clear()
     build_module.load.cache_clear()
     try:
         with pytest.warns(UserWarning, match="Install g\\+\\+"):
@@ -128,7 +128,7 @@ def test_without_a_compiler_one_warning_says_the_cure(pair, monkeypatch):
         layer(x)  # says nothing more
         assert "no kernels here" in convert(nn.Sequential(dense), (x,)).notes[0]
     finally:
-        ops_module._registered.cache_clear()
+        ops_module._register.cache_clear()
         build_module.load.cache_clear()
 
 
@@ -237,7 +237,7 @@ def test_a_folded_model_is_converted(kernels, monkeypatch):
     monkeypatch.setattr(sys.modules["secateur.runtime.convert"], "GAIN", 1e9)  # whatever is measured
     monkeypatch.setattr(sys.modules["secateur.runtime.convert"], "SLOWER", 1e9)
     torch.manual_seed(0)
-    net, x = Normed().eval(), torch.randn(3, 8, 9, 7)
+    net, x = Normed().eval(), torch.randn(6, 8, 9, 7)
     found = convert(net, (x,), rounds=3, fold=True)
     assert set(found.chosen) == {"a_folded", "b_folded", "c_folded", "fc_folded"}
     assert found.model.a_folded.relu and not found.model.fc_folded.relu
@@ -248,7 +248,7 @@ def test_a_folded_model_is_converted(kernels, monkeypatch):
 def test_a_wrong_layer_is_not_handed_back(kernels, monkeypatch):
     net, x = nn.Sequential(zeroed(nn.Linear(64, 64), 0.9)).eval(), torch.randn(2, 64)
 
-    monkeypatch.setattr(sys.modules["secateur.runtime.convert"], "sparse", lambda layer, r=None: nn.Linear(64, 64))
+    monkeypatch.setattr(sys.modules["secateur.runtime.convert"], "formed", lambda layer, form: nn.Linear(64, 64))
     with pytest.raises(ProofError, match="apart"):
         convert(net, (x,), chosen={"0": "1x1"})
 
@@ -279,3 +279,148 @@ def test_a_model_that_decodes_gets_bits(kernels, monkeypatch):
     assert convert(net, (torch.randn(9, 64).bfloat16(),), rounds=3).chosen == {}  # more tokens than that are not bound by bytes
     with pytest.raises(InputError, match="there are dense"):
         convert(net, (torch.randn(1, 64).bfloat16(),), chosen={"0": "3x1"})
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Every layer takes its quickest sparse form, whatever is measured."""
+    for name in ("GAIN", "SLOWER"):
+        monkeypatch.setattr(sys.modules["secateur.runtime.convert"], name, 1e9)
+
+
+def test_a_timed_conversion_can_be_trained_exported_and_loaded(kernels, taken):
+    net, x = nn.Sequential(zeroed(nn.Linear(64, 64)), nn.ReLU(), zeroed(nn.Linear(64, 8))).eval(), torch.randn(8, 64)
+    with torch.inference_mode():
+        inside = convert(net, (x.clone(),), rounds=3).model
+    for made in (convert(net, (x,), rounds=3).model, inside):
+        made(x).sum().backward()
+        assert made[0].values.grad is not None
+        made.load_state_dict(made.state_dict())
+        torch.export.export(made, (x,))
+        made.bfloat16().float()(x)
+
+
+class Twice(nn.Module):
+    """One layer called with two inputs, by keyword too, and one layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.last = zeroed(nn.Linear(16, 16)), zeroed(nn.Linear(16, 8))
+        self.same = self.last
+
+    def forward(self, x):
+        a, b = self.fc(x), self.fc(input=x[:5])
+        return self.last(a[:5] * b) + self.same(b)
+
+
+def test_inputs_are_those_of_the_model(kernels, taken):
+    net, x = Twice().eval(), torch.randn(9, 16)
+    found = convert(net, (x,), rounds=3)
+    assert set(found.chosen) == {"fc", "last"} and found.model.last is found.model.same
+    torch.testing.assert_close(found.model(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_torch_computes_as_one_stay(kernels, taken):
+    net = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    zeroed(net.linear1), zeroed(net.linear2)
+    x = torch.randn(2, 5, 64)
+    found = convert(net, (x,), rounds=3)
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(x), net(x))
+    assert SparseLinear.of(net.linear1).weight.shape == net.linear1.weight.shape
+
+
+class Hidden(nn.Module):
+    """Infinities, a state that counts, randomness that changes nothing, and an argument that is written into."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = zeroed(nn.Linear(16, 16))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        x.mul_(2)
+        y = self.fc(x) + self.calls + torch.rand(16)
+        return y.masked_fill(torch.arange(16) < 3, -torch.inf)
+
+
+def test_a_model_with_a_state_is_compared_from_one_state_and_left_in_it(kernels, taken):
+    net, x = Hidden().eval(), torch.randn(5, 16)
+    before, state = x.clone(), torch.random.get_rng_state()
+    found = convert(net, (x,), rounds=3)
+    assert found.chosen and torch.equal(x, before) and torch.equal(torch.random.get_rng_state(), state)
+    assert float(found.model.calls) == float(net.calls) == 0
+
+
+def test_what_hooks_see_is_left(kernels, taken):
+    net, x = nn.Sequential(zeroed(nn.Linear(16, 16))).eval(), torch.randn(5, 16)
+    net[0].register_forward_hook(lambda m, a, y: y + 100)
+    found = convert(net, (x,), rounds=3)
+    assert not found.choices and torch.equal(found.model(x), net(x))
+    with pytest.raises(InputError, match="no such layer"):
+        convert(net, (x,), chosen={"zz": "1x1"})
+
+
+def test_a_slower_graph_is_not_handed_back(kernels, monkeypatch):
+    def slow(calls, rounds, seconds=None):
+        return [1.0, 5.0, *[9.0] * (len(calls) - 2)]
+
+    monkeypatch.setattr(sys.modules["secateur.runtime.convert"], "in_turns", slow)
+    net, x = Normed().eval(), torch.randn(3, 8, 9, 7)
+    assert isinstance(convert(net, (x,), fold=True).model, Normed)
+
+
+class Colliding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.conv_2 = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 8)
+        self.alone = nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        return self.conv_2(self.conv(x)) * self.alone
+
+
+NORMS = {
+    "names that collide": (Colliding, (3, 8)),
+    "the second dimension of three": (lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), (3, 8, 8)),
+    "of other size than the last": (lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(5)), (3, 5, 8)),
+    "of four": (lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm2d(4)), (2, 4, 6, 4)),
+    "two dimensions": (lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), (3, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_what_folds_is_the_same_function(kernels, name):
+    torch.manual_seed(0)
+    make, shape = NORMS[name]
+    shape = (2, 4, 6, 6) if name == "of four" else shape
+    net = make().eval()
+    for m in net.modules():
+        if hasattr(m, "running_mean"):
+            m.running_mean.normal_(), m.running_var.uniform_(0.5, 2), nn.init.normal_(m.weight), nn.init.normal_(m.bias)
+    x = torch.randn(shape)
+    graph = fold(net, (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x), net(x), rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in graph.parameters()) <= sum(p.numel() for p in net.parameters())
+
+
+def test_vectors_and_images_by_themselves(kernels):
+    dense = zeroed(nn.Linear(20, 12))
+    layer, x = SparseLinear.of(dense), torch.randn(20, requires_grad=True)
+    layer(x).sum().backward()
+    wanted = torch.autograd.grad(dense(y := x.detach().clone().requires_grad_()).sum(), y)[0]
+    torch.testing.assert_close(x.grad, wanted)
+    for conv, shape in ((nn.Conv2d(8, 8, 3, padding=1), (8, 9, 7)), (nn.Conv1d(8, 8, 3), (8, 9))):
+        image = torch.randn(shape)
+        torch.testing.assert_close(sparse(zeroed(conv))(image), conv(image), rtol=1e-4, atol=1e-5)
+    few = DecodeLinear.of(dense)
+    few(z := torch.randn(2, 20, requires_grad=True)).sum().backward()
+    assert z.grad is not None and few(torch.randn(9, 20, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4).double(), nn.Linear(4, 0), nn.Linear(0, 4)])
+def test_weights_without_a_kernel_are_refused(layer):
+    with pytest.raises(InputError, match="leave it dense"):
+        sparse(layer)

@@ -181,6 +181,8 @@ def _norm_after(graph: Graph, layer: Layer, uses: Mapping[str, int]) -> fx.Node 
     if len(users) != 1 or op_name(users[0]) != "batch_norm":
         return None
     args = bind(users[0])
+    if not layer.window and len(shape_of(layer.node.meta["val"])) != 2:
+        return None  # it normalises the second dimension, and a linear layer writes the last
     names = [state_name(graph, args[k]) for k in ("weight", "bias", "running_mean", "running_var")]
     if args["input"] is not layer.node or args["training"] or any(n is None or uses[n] > 1 for n in names):
         return None

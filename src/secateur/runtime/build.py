@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -38,15 +39,20 @@ def compiler() -> str:
         NoKernels: there is none.
     """
     for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
-        if name and shutil.which(name):
+        if name and shutil.which(shlex.split(name)[0]):
             return name
-    raise NoKernels("there is no C++ compiler, so sparse layers run on torch's own sparse kernels.\n  Install g++ or clang++, or set CXX.")
+    raise NoKernels("there is no C++ compiler, so the sparse kernels cannot be made.\n  Install g++ or clang++, or set CXX.")
 
 
 def folder() -> Path:
     """Where the compiled kernels lie: SECATEUR_KERNELS, or the user's cache."""
     given = os.environ.get("SECATEUR_KERNELS")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
+    if given:
+        return Path(given)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"secateur-{os.getuid()}"
 
 
 def _name() -> str:
@@ -67,7 +73,7 @@ def build(to: Path | None = None, extra: list[str] | None = None) -> Path:
     path = (to or folder()) / _name()
     if path.is_file() and not extra:
         return path
-    cxx, root = compiler(), Path(torch.__file__).parent
+    cxx, root = shlex.split(compiler()), Path(torch.__file__).parent
     x86 = platform.machine() in ("x86_64", "AMD64")
     include = [f"-I{root / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     try:
@@ -78,15 +84,18 @@ def build(to: Path | None = None, extra: list[str] | None = None) -> Path:
                 names = [f"-DSECATEUR_ISA={isa}", f"-DSECATEUR_WIDTH={width}"]
                 for part in ("kernels", "decode"):
                     objects.append(f"{work}/{part}-{isa}.o")
-                    lines.append([cxx, *COMMON, *flags, *(extra or []), *names, "-c", str(SOURCES / f"{part}.cpp"), "-o", objects[-1]])
-            lines.append([cxx, *COMMON, *(extra or []), *include, "-c", str(SOURCES / "ops.cpp"), "-o", f"{work}/ops.o"])
+                    lines.append([*cxx, *COMMON, *flags, *(extra or []), *names, "-c", str(SOURCES / f"{part}.cpp"), "-o", objects[-1]])
+            lines.append([*cxx, *COMMON, *(extra or []), *include, "-c", str(SOURCES / "ops.cpp"), "-o", f"{work}/ops.o"])
             fresh = f"{work}/{path.name}"
-            lines.append([cxx, "-shared", "-o", fresh, *objects, f"{work}/ops.o", f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch", *(extra or [])])
+            lines.append([*cxx, "-shared", "-o", fresh, *objects, f"{work}/ops.o", f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch", *(extra or [])])
             for line in lines:
-                done = subprocess.run(line, capture_output=True, text=True)
+                try:
+                    done = subprocess.run(line, capture_output=True, text=True, errors="replace")
+                except OSError as error:
+                    raise NoKernels(f"{cxx[0]} cannot be run: {error}.\n  Set CXX to a C++ compiler.") from error
                 if done.returncode:
                     said = next((s for s in done.stderr.splitlines() if "error" in s), done.stderr[-300:])
-                    raise NoKernels(f"{cxx} cannot compile the sparse kernels: {said.strip()[:300]}.\n  Use g++ 11 or clang++ 14, or later.")
+                    raise NoKernels(f"{cxx[0]} cannot compile the sparse kernels: {said.strip()[:300]}.\n  Use g++ 11 or clang++ 14, or later.")
             os.replace(fresh, path)
     except OSError as error:
         raise NoKernels(f"the sparse kernels cannot be written to {path.parent}: {error}.\n  Set SECATEUR_KERNELS to a folder that can.") from error

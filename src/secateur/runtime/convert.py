@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import InputError, ProofError
 from secateur.measure.run import at_rest
-from secateur.runtime.decode import TOKENS, DecodeLinear
 from secateur.runtime.fold import fold as folded
-from secateur.runtime.layers import Rectified, inner, sparse, why_not
-from secateur.runtime.layout import ROWS, Layout
+from secateur.runtime.forms import DENSE, formed, forms_for, in_turns, zeros_of
+from secateur.runtime.layers import Rectified, why_not
 from secateur.runtime.ops import available
 
-DENSE, BITS = "dense", "bits"
-FORMS = (DENSE, *(f"{r}x1" for r in ROWS), BITS)  # blocks of rows that share their columns; a bit for every weight
 LEAST = 0.3  # share of zeros below which a layer stays dense unseen
 GAIN = 0.97  # of the dense time: what a sparse layer takes at most
 ROUNDS, SECONDS = 15, 0.3  # of one layer: timings each way, and time for all of them
 COARSE = 0.05  # the same in bfloat16
 TOLERANCE = 1e-3  # of the largest output: sums in another order
 SLOWER = 1.01  # end to end: a model that takes longer than this is not handed back
+WHOLE = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # torch may compute these as one, from the weights of their layers
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What became of one layer. Seconds are medians of one call; `form`: "dense", or what the weight is stored as (`FORMS`)."""
+    """What became of one layer. Seconds are medians of one call; `form`: "dense", or what the weight is stored as (`secateur.runtime.forms`)."""
 
     layer: str
     zeros: float
@@ -87,30 +84,43 @@ def convert(
         ProofError: the outputs differ by more than float32 explains.
     """
     kwargs = dict(kwargs or {})
-    made = folded(model, args, kwargs) if fold else copy.deepcopy(model).eval()
+    with torch.inference_mode(False), torch.no_grad():
+        made = folded(model, args, kwargs) if fold else copy.deepcopy(model).eval()
     if chosen is not None:
         for name, form in chosen.items():
-            _put(made, name, formed(made.get_submodule(name), form))
+            _put(made, name, formed(_named(made, name), form))
         _compared(model, made, args, kwargs)
         return Converted(made, [], 0.0, 0.0, torch.get_num_threads())
-    notes: list[str] = []
-    choices: list[Choice] = []
     if not available():
-        return Converted(made, choices, 0.0, 0.0, torch.get_num_threads(), ["no kernels here, so every layer stays dense"])
-    with at_rest(model), torch.inference_mode():
-        inputs = _inputs(made, args, kwargs)
-        for name, x in inputs.items():
+        plain = copy.deepcopy(model).eval()
+        return Converted(plain, [], 0.0, 0.0, torch.get_num_threads(), ["no kernels here, so every layer stays dense"])
+    notes, choices = list[str](), list[Choice]()
+    with _at_rest(model, made):
+        for name, x in _inputs(made, args, kwargs).items():
             choice, layer = _chosen(name, made.get_submodule(name), x, rounds)
             choices.append(choice)
             if layer is not None:
                 _put(made, name, layer)
-        _compared(model, made, args, kwargs)
-        before, after = in_turns([lambda: model(*args, **kwargs), lambda: made(*args, **kwargs)], rounds)
-    if after > SLOWER * before and any(c.form != DENSE for c in choices):
+    if not choices and isinstance(model, fx.GraphModule) and not fold:
+        notes.append("this model is a graph of operators, not of layers: fold=True finds its layers")
+    _compared(model, made, args, kwargs)
+    own, named = _own(args), _own(kwargs)
+    with _at_rest(model, made):
+        before, after = in_turns([lambda: model(*own, **named), lambda: made(*own, **named)], rounds)
+    if after > SLOWER * before and (fold or any(c.form != DENSE for c in choices)):
         notes.append(f"with sparse layers the model took {after * 1e3:.2f} ms, without {before * 1e3:.2f} ms: all layers stay dense")
         made, after = copy.deepcopy(model).eval(), before
         choices = [Choice(c.layer, c.zeros, c.dense, c.sparse, DENSE, "slower as a whole") for c in choices]
     return Converted(made, choices, before, after, torch.get_num_threads(), notes)
+
+
+@contextmanager
+def _at_rest(*models: nn.Module) -> Iterator[None]:
+    """All of them, with the same random numbers, and as torch itself would compute them."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with at_rest(models[0]), at_rest(models[-1]), torch.random.fork_rng(devices=[]):
+        torch.backends.mha.set_fastpath_enabled(fast)
+        yield
 
 
 def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -118,53 +128,37 @@ def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[st
     found: dict[str, Tensor] = {}
     handles = []
     inside = {id(m.layer) for m in model.modules() if isinstance(m, Rectified)}
-    for name, module in model.named_modules():
-        if name and id(module) not in inside and not why_not(module) and zeros_of(module) >= LEAST:
-            handles.append(module.register_forward_pre_hook(lambda m, a, n=name: found.setdefault(n, a[0].detach()) if a else None))
+    inside |= {id(m) for one in model.modules() if isinstance(one, WHOLE) for m in one.modules()}
+
+    def see(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: tuple, named: dict[str, Any]) -> None:
+            x = given[0] if given else next(iter(named.values()), None)
+            if isinstance(x, Tensor):
+                found.setdefault(name, x.detach().clone())
+
+        return hook
+
+    taken = [(n, m) for n, m in model.named_modules() if n and id(m) not in inside and not why_not(m) and zeros_of(m) >= LEAST]
+    for name, module in taken:
+        handles.append(module.register_forward_pre_hook(see(name), with_kwargs=True))
     try:
-        model(*args, **kwargs)
+        model(*_own(args), **_own(kwargs))
     finally:
         for handle in handles:
             handle.remove()
-    return {n: x for n, x in found.items() if x.device.type == "cpu" and _forms(model.get_submodule(n), x)}
+    return {n: x for n, x in found.items() if forms_for(model.get_submodule(n), x)}
 
 
-def zeros_of(layer: nn.Module) -> float:
-    """The share of zeros of its weight."""
-    return float((inner(layer).get_parameter("weight") == 0).float().mean())
-
-
-def _forms(layer: nn.Module, x: Tensor) -> list[str]:
-    """The forms that a layer may take for such an input."""
-    weight = inner(layer).get_parameter("weight").flatten(1)
-    few = type(layer) is nn.Linear and x.numel() <= TOKENS * weight.shape[1]
-    bits = [BITS] if few and x.dtype == weight.dtype in (torch.float32, torch.bfloat16) else []
-    if not x.dtype == weight.dtype == torch.float32:
-        return bits
-    stored = {r: r * len(Layout.of(weight, r).index) for r in ROWS}
-    return [f"{r}x1" for r, n in stored.items() if n <= max(2 * min(stored.values()), 1)] + bits
-
-
-def formed(layer: nn.Module, form: str) -> nn.Module:
-    """A layer in another form.
-
-    Raises:
-        InputError: there is no such form, or not of this layer.
-    """
-    if form not in FORMS:
-        raise InputError(f"form {form!r}: there are {', '.join(FORMS)}.\n  Choose one of them.")
-    if form == BITS:
-        if type(layer) is not nn.Linear:
-            raise InputError(f"{type(layer).__name__} has no form {BITS!r}: only linear layers have.\n  Choose another.")
-        return DecodeLinear.of(layer)
-    return layer if form == DENSE else sparse(layer, int(form[0]))
+def _own(given: Any) -> Any:
+    """Inputs of its own for a model that may write into them."""
+    return tree_map_only(Tensor, lambda t: t.detach().clone(), given)
 
 
 def _chosen(name: str, layer: nn.Module, x: Tensor, rounds: int) -> tuple[Choice, nn.Module | None]:
     """The quickest form of a layer on its input."""
-    zeros, forms = zeros_of(layer), _forms(layer, x)
+    zeros, forms = zeros_of(layer), forms_for(layer, x)
     made = [formed(layer, form) for form in forms]
-    dense, *times = in_turns([lambda: layer(x), *(_call(f, x) for f in made)], rounds, SECONDS)
+    dense, *times = in_turns([_call(f, x) for f in (layer, *made)], rounds, SECONDS)
     quickest = min(range(len(forms)), key=times.__getitem__)
     if times[quickest] > GAIN * dense:
         return Choice(name, zeros, dense, times[quickest], DENSE, "dense is as quick"), None
@@ -175,34 +169,32 @@ def _call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
     return lambda: layer(x)
 
 
-def in_turns(calls: list[Callable[[], Any]], rounds: int, seconds: float | None = None) -> list[float]:
-    """Median seconds of each call, timed in turns so that all see the same machine; fewer rounds where `seconds` are over."""
-    times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    begin = time.perf_counter()
-    for turn in range(rounds):
-        for i, call in enumerate(calls):
-            at = time.perf_counter()
-            call()
-            times[i].append(time.perf_counter() - at)
-        if seconds is not None and turn >= 2 and time.perf_counter() - begin > seconds:
-            break
-    return [median(t) for t in times]
-
-
 def _compared(model: nn.Module, made: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    with at_rest(model), torch.inference_mode():
-        pairs = zip(tree_leaves(model(*args, **kwargs)), tree_leaves(made(*args, **kwargs)), strict=True)
-        for a, b in pairs:
-            if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
-                tolerance = TOLERANCE if a.dtype == torch.float32 else COARSE
-                apart, largest = float((a - b).abs().max()), float(a.abs().max())
-                if not apart <= tolerance * largest:  # NaN too
-                    raise ProofError(f"with sparse layers the outputs are {apart:.2e} apart, of {largest:.2e}; {tolerance:g} of that is accepted.\n"
-                                     "  Nothing was changed. This is a fault of secateur: please report the model.")  # fmt: skip
+    outputs = []
+    for one in (model, made):
+        with _at_rest(one):
+            torch.manual_seed(0)
+            outputs.append(tree_leaves(one(*_own(args), **_own(kwargs))))
+    for a, b in zip(*outputs, strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
+            tolerance = TOLERANCE if a.dtype == torch.float32 else COARSE
+            same = (a == b) | (a.isnan() & b.isnan())  # infinities too
+            apart, largest = float(torch.where(same, 0.0, a - b).abs().max()), float(torch.where(a.isfinite(), a, 0.0).abs().max())
+            if not apart <= tolerance * largest:  # NaN too
+                raise ProofError(f"with sparse layers the outputs are {apart:.2e} apart, of {largest:.2e}; {tolerance:g} of that is accepted.\n"
+                                 "  Nothing was changed. A model that answers otherwise each time cannot be compared; or report it.")  # fmt: skip
+
+
+def _named(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise InputError(f"chosen names {name!r}, and the model has no such layer.\n  Take the names of an earlier result's `chosen`.") from None
 
 
 def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, layer)
+    """In every place where the layer stands."""
+    old = model.get_submodule(name)
+    for path in [n for n, m in model.named_modules(remove_duplicate=False) if m is old]:
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)

@@ -17,6 +17,7 @@ from secateur.runtime.ops import available
 
 TOKENS = 4  # more are not bound by bytes
 ROWS, COLUMNS = 8, 32
+KNOWN = (torch.float32, torch.bfloat16)
 
 
 def packed(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +38,7 @@ def unpacked(values: Tensor, masks: Tensor, shape: tuple[int, int]) -> Tensor:
     """The matrix again."""
     rows, columns = shape
     blocks, chunks = -(-rows // ROWS), -(-columns // COLUMNS)
-    there = (masks.view(blocks, chunks, ROWS, 1) >> torch.arange(COLUMNS, dtype=torch.int32)) & 1 != 0
+    there = (masks.view(blocks, chunks, ROWS, 1) >> torch.arange(COLUMNS, dtype=torch.int32, device=masks.device)) & 1 != 0
     parts = values.new_zeros(there.shape)
     parts[there] = values[:-COLUMNS]
     return parts.transpose(1, 2).reshape(blocks * ROWS, chunks * COLUMNS)[:rows, :columns]
@@ -62,12 +63,15 @@ class DecodeLinear(nn.Module):
         """`layer`: float32 or bfloat16, with zeros in its weight."""
         return cls(layer.weight, layer.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() <= TOKENS * self.columns and x.device.type == "cpu" and self.values.dtype in (torch.float32, torch.bfloat16) and available():
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
+        learns = torch.is_grad_enabled() and x.requires_grad
+        if x.numel() <= TOKENS * self.columns and not learns and x.device.type == "cpu" and self.values.dtype in KNOWN and available():
             bias = None if self.bias is None else self.bias.float()
             y = torch.ops.secateur.sparse_decode(x.float().contiguous(), self.values, self.masks, self.starts, bias, self.rows, self.columns)
             return y.to(x.dtype)
-        return F.linear(x, unpacked(self.values, self.masks, (self.rows, self.columns)).to(x.dtype), self.bias)
+        weight = unpacked(self.values, self.masks, (self.rows, self.columns)).to(x.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.columns}, {self.rows}, density={(len(self.values) - COLUMNS) / (self.rows * self.columns):.3f}, {self.values.dtype}"

@@ -34,13 +34,14 @@ def fold(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None)
     prediction = predict(graph, {n: torch.ones(g.size, dtype=torch.bool) for n, g in graph.groups.items()}, state)
     module, nodes = prediction.module, prediction.nodes
     for layer in find_layers(graph):
-        if layer.why_not or layer.transposed or state[layer.weight].dtype != torch.float32 or len(layer.window.get("kernel", ())) > 2:
+        weight = state[layer.weight]
+        if layer.why_not or layer.transposed or weight.dim() not in (2, 3, 4) or weight.dtype != torch.float32:
             continue
         last = _rectifier(layer.end)
         made: nn.Module = _plain(layer, _affine(graph, layer, state))
         if last is not layer.end:
             made = Rectified(made)
-        name = layer.name.replace(".", "_") + "_folded"
+        name = _free(module, layer.name.replace(".", "_") + "_folded")
         module.add_module(name, made.eval())
         new = nodes[layer.node]
         with module.graph.inserting_before(new):
@@ -51,8 +52,17 @@ def fold(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None)
             nodes[node] = call
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
+    used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    for name in [n for held in (module._parameters, module._buffers) for n in held if n not in used]:
+        delattr(module, name)
     module.recompile()
     return module
+
+
+def _free(module: nn.Module, name: str) -> str:
+    """The name, with a number where it is taken."""
+    taken = {n for n in dir(module)}
+    return next(n for n in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if n not in taken)
 
 
 def _rectifier(node: fx.Node) -> fx.Node:

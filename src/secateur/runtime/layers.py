@@ -37,6 +37,11 @@ class SparseLayer(nn.Module):
         return dense(self.values, self.index, self.starts, (self.rows, self.columns, self.r, self.set))
 
     @property
+    def weight(self) -> Tensor:
+        """The weight with its zeros, made anew at every look; for code that asks a layer for its dtype or device."""
+        return self.matrix()
+
+    @property
     def density(self) -> float:
         """The share of the weights that is stored, those included that a block of rows brings with it."""
         return self.values.numel() / (self.rows * self.columns)
@@ -59,7 +64,8 @@ class SparseLinear(SparseLayer):
         """
         return cls(Layout.of(layer.weight, _known(r)), layer.bias, relu)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # named as that of nn.Linear, for calls by keyword
         if takes(x, self.values):
             return torch.ops.secateur.sparse_linear(
                 x.contiguous(), self.values, self.index, self.starts, self.bias, self.rows, self.columns, self.r, self.set, self.relu
@@ -97,8 +103,10 @@ class SparseConv2d(SparseLayer):
         channels = min(CHANNELS[r], 65536 // taps)
         return cls(Layout.of(weight, r, max(1, channels) * taps), layer.bias, window, relu)
 
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.window
+    def forward(self, input: Tensor) -> Tensor:
+        x, w = input, self.window
+        if x.dim() == 3:  # an image by itself
+            return SparseConv2d.forward(self, x[None])[0]
         if takes(x, self.values):
             return torch.ops.secateur.sparse_conv2d(
                 x.contiguous(), self.values, self.index, self.starts, self.bias, self.rows, self.r, self.set, self.relu, w
@@ -115,8 +123,8 @@ class SparseConv2d(SparseLayer):
 class SparseConv1d(SparseConv2d):
     """A convolution of x (N, C, L)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.unsqueeze(-2)).squeeze(-2)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.unsqueeze(-2)).squeeze(-2)
 
 
 class Rectified(nn.Module):
@@ -133,6 +141,8 @@ class Rectified(nn.Module):
 def why_not(layer: nn.Module) -> str:
     """Why a layer has no sparse form, '' where it has one."""
     layer = inner(layer)
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "it has hooks"
     if type(layer) is nn.Linear:
         return ""
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d)) or type(layer) not in (nn.Conv1d, nn.Conv2d):
@@ -157,6 +167,10 @@ def sparse(layer: nn.Module, r: int | None = None, relu: bool = False) -> Sparse
         InputError: it has none.
     """
     layer, relu = inner(layer), relu or isinstance(layer, Rectified)
+    weight = layer.get_parameter("weight") if not why_not(layer) else torch.ones(1, 1)
+    if weight.dtype != torch.float32 or not weight.numel():
+        raise InputError(f"{layer} cannot be made a sparse layer: its weight is {weight.dtype} of shape {tuple(weight.shape)}.\n"
+                         "  Kernels are for float32, and for a weight that is not empty; leave it dense.")  # fmt: skip
     if type(layer) is nn.Linear:
         return SparseLinear.of(layer, r, relu)
     if type(layer) is nn.Conv1d:

@@ -43,7 +43,7 @@ class Layout:
         rows, columns = w.shape
         if r is None:
             r = min(ROWS, key=lambda n: COST[n] * int(_columns(w, n).sum()))
-        size = columns_of_set or SETS[r]
+        size = min(columns_of_set or SETS[r], 65536)
         there = _columns(w, r)
         sets = -(-columns // size)
         padded = torch.zeros(there.shape[0], sets * size, dtype=torch.bool)
@@ -57,7 +57,8 @@ class Layout:
     def places(self) -> tuple[Tensor, Tensor]:
         """(block, column) of every entry of `index`, int64 (n,)."""
         blocks = -(-self.rows // self.r)
-        run = torch.repeat_interleave(torch.arange(len(self.starts) - 1), self.starts.diff().long())
+        runs = torch.arange(len(self.starts) - 1, device=self.starts.device)
+        run = torch.repeat_interleave(runs, self.starts.diff().long(), output_size=len(self.index))
         return run % blocks, run // blocks * self.set + (self.index.to(torch.int32) & 0xFFFF).long()
 
     def dense(self) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,12 +25,20 @@ def available() -> bool:
     return _registered()
 
 
-@lru_cache(maxsize=1)
+_FIRST = Lock()  # threads that call for the first time together
+
+
 def _registered() -> bool:
+    with _FIRST:
+        return _register()
+
+
+@lru_cache(maxsize=1)
+def _register() -> bool:
     try:
         load()
     except NoKernels as error:
-        warnings.warn(f"{error}\n  Until then sparse layers compute with dense weights.", stacklevel=4)
+        warnings.warn(f"{error}\n  Until then sparse layers compute with dense weights.", stacklevel=5)
         return False
     torch.library.register_fake("secateur::sparse_linear")(_linear_shape)
     torch.library.register_fake("secateur::sparse_decode")(_linear_shape)
@@ -67,12 +76,12 @@ def _keep_linear(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
     x, values, index, starts, output = ctx.saved_tensors
-    grad = (grad if output is None else grad * (output > 0)).flatten(0, -2)
+    grad = (grad if output is None else grad * (output > 0)).reshape(-1, ctx.shape[0])
     of_x = of_values = of_bias = None
     if ctx.needs_input_grad[0]:
         of_x = (grad @ dense(values, index, starts, ctx.shape)).view(x.shape)
     if ctx.needs_input_grad[1]:
-        of_values = _of_values(grad.mT @ x.flatten(0, -2), index, starts, ctx.shape)
+        of_values = _of_values(grad.mT @ x.reshape(-1, ctx.shape[1]), index, starts, ctx.shape)
     if ctx.has_bias:
         of_bias = grad.sum(0)
     return of_x, of_values, None, None, of_bias, *[None] * ctx.others

@@ -182,7 +182,7 @@ struct Plan {
     halo = (w.kernel_h - 1) * w.dilation_h / w.stride_h * line + (w.kernel_w - 1) * w.dilation_w / w.stride_w;
     phases = w.stride_h * w.stride_w;
     // Stretches long beside their halo, in a buffer that fits the second cache.
-    const int64_t room = (1 << 16) / std::max<int64_t>(1, w.channels * phases) - halo;
+    const int64_t room = (1 << 16) / std::max<int64_t>(1, std::min<int64_t>(w.channels, 1 << 16) * std::min<int64_t>(phases, 1 << 16)) - halo;
     const int64_t tiles = std::max<int64_t>(1, std::min(room, length) / TILE);
     const int64_t all = (length + TILE - 1) / TILE;
     stretch = (all + (all + tiles - 1) / tiles - 1) / ((all + tiles - 1) / tiles) * TILE;
@@ -192,6 +192,12 @@ struct Plan {
 };
 
 int64_t conv_parts(const Window& w) { return Plan(w).parts(); }
+
+int64_t conv_buffer(const Window& w) {
+  const Plan p(w);
+  int64_t planes, floats;
+  return __builtin_mul_overflow(w.channels, p.phases, &planes) || __builtin_mul_overflow(planes, p.row(), &floats) ? -1 : floats;
+}
 
 void conv_offsets(const Window& w, int32_t* offsets) {
   const Plan p(w);
@@ -265,7 +271,7 @@ int32_t largest(const uint16_t* index, int64_t n) {
 #define JOINED(a, b) a##b
 #define TABLE(isa) JOINED(kernels_, isa)
 extern const Kernels TABLE(SECATEUR_ISA);
-const Kernels TABLE(SECATEUR_ISA) = {SECATEUR_ISA::linear, SECATEUR_ISA::conv, SECATEUR_ISA::conv_parts, SECATEUR_ISA::conv_offsets,
+const Kernels TABLE(SECATEUR_ISA) = {SECATEUR_ISA::linear, SECATEUR_ISA::conv, SECATEUR_ISA::conv_parts, SECATEUR_ISA::conv_buffer, SECATEUR_ISA::conv_offsets,
                                      SECATEUR_ISA::arrange, SECATEUR_ISA::decode, SECATEUR_ISA::largest};
 
 }  // namespace secateur

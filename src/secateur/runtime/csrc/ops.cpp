@@ -101,11 +101,18 @@ Tensor sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, std::
   check(x, ScalarType::Float, "x");
   STD_TORCH_CHECK(x.dim() == 4 && window.size() == 8, "secateur: x is (N, C, H, W); the window has kernel, stride, padding and dilation");
   Window w{x.size(1), x.size(2), x.size(3), 0, 0, window[0], window[1], window[2], window[3], window[4], window[5], window[6], window[7]};
+  constexpr int64_t LARGE = int64_t(1) << 20;  // of any size, so that products of two of them and sums of those can be counted
+  for (int i = 0; i < 8; i++) STD_TORCH_CHECK(window[i] < LARGE, "secateur: no such window");
+  STD_TORCH_CHECK(w.height < LARGE && w.width < LARGE, "secateur: the image is too large");
   for (int i = 0; i < 8; i++) STD_TORCH_CHECK(window[i] > 0 || (window[i] == 0 && (i == 4 || i == 5)), "secateur: no such window");
   const int64_t high = w.height + 2 * w.pad_h - w.dilation_h * (w.kernel_h - 1) - 1, wide = w.width + 2 * w.pad_w - w.dilation_w * (w.kernel_w - 1) - 1;
   STD_TORCH_CHECK(high >= 0 && wide >= 0, "secateur: the window is larger than the padded image");
   w.out_height = high / w.stride_h + 1, w.out_width = wide / w.stride_w + 1;
-  const Matrix m = matrix(values, index, starts, bias, rows, w.channels * w.kernel_h * w.kernel_w, r, set, relu);
+  int64_t columns;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(w.channels, w.kernel_h * w.kernel_w, &columns), "secateur: no such window");
+  const Matrix m = matrix(values, index, starts, bias, rows, columns, r, set, relu);
+  const int64_t buffer = best().conv_buffer(w);
+  STD_TORCH_CHECK(buffer >= 0 && buffer < INT32_MAX - TILE, "secateur: the image is too large");
   const int64_t shape[] = {x.size(0), rows, w.out_height, w.out_width};
   Tensor y = torch::stable::new_empty(x, {shape[0], shape[1], shape[2], shape[3]});
   std::unique_ptr<int32_t[]> offsets(new int32_t[m.columns]);

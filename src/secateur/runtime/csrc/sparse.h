@@ -45,6 +45,7 @@ struct Kernels {
   // `conv_offsets`
   void (*conv)(const Matrix&, const Window&, const int32_t* offsets, const float* x, float* y, int64_t part, int64_t from, int64_t to);
   int64_t (*conv_parts)(const Window&);
+  int64_t (*conv_buffer)(const Window&);  // floats of a stretch of all channels, -1 where they are too many to count
   void (*conv_offsets)(const Window&, int32_t* offsets);  // in the buffer, of every column: (channel, kernel_h, kernel_w)
   void (*arrange)(const Bits&, const float* x, float* to);
   bool (*decode)(const Bits&, const float* x, float* y, int64_t from, int64_t to);
