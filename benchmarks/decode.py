@@ -56,14 +56,14 @@ def zeroed(model: nn.Module, zeros: float) -> nn.Module:
     return model
 
 
-def measured(layers: int, rounds: int) -> list[dict[str, Any]]:
+def measured(layers: int, rounds: int, shares: list[float]) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     dense = nn.Sequential(*(Block() for _ in range(layers))).to(torch.bfloat16).eval()
     x = torch.randn(1, 1, WIDTH, dtype=torch.bfloat16)
     parameters = sum(p.numel() for p in dense.parameters())
     compiled = torch.compile(dense)
     rows = []
-    for zeros in ZEROS:  # one sparse model in memory at a time
+    for zeros in shares:  # one sparse model in memory at a time
         model = nn.Sequential(*(Block() for _ in range(layers))).to(torch.bfloat16).eval()
         found = convert(zeroed(model, zeros), (x,), rounds=5)
         del model
@@ -81,12 +81,13 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--zeros", nargs="+", type=float, default=list(ZEROS))
     options = parser.parse_args()
     found: dict[str, Any] = {}
-    with torch.inference_mode():
+    with torch.no_grad():
         for threads in options.threads:
             torch.set_num_threads(threads)
-            found[str(threads)] = measured(options.layers, options.rounds)
+            found[str(threads)] = measured(options.layers, options.rounds, options.zeros)
             facts = {"rounds": options.rounds, "load_average": os.getloadavg(), "versions": versions(), "threads": found}
             RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
 

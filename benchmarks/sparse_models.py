@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=list(MODELS), choices=list(MODELS))
     options = parser.parse_args()
     found: dict[str, Any] = {}
-    with torch.inference_mode():
+    with torch.no_grad():
         for threads in options.threads:
             torch.set_num_threads(threads)
             found[str(threads)] = [row for name in options.model for row in measured(name, options.rounds)]

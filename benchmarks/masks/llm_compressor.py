@@ -38,8 +38,8 @@ from secateur.models.hf import import_transformers
 LAYER = Path(__file__).parents[1] / "results" / "masks_layer.json"
 MODIFIERS = {"llm-compressor SparseGPT": SparseGPTModifier, "llm-compressor Wanda": WandaPruningModifier}
 SHARES = {"50 %": (0.5, "0:0"), "60 %": (0.6, "0:0"), "70 %": (0.7, "0:0"), "2:4": (0.5, "2:4")}  # it has no R x 1 blocks
-SHAPES = ((1536, 1536), (8960, 1536), (1536, 8960), (4096, 4096))  # (outputs, inputs): Qwen2-1.5B's, and Llama-7B's attention
-TOKENS, ROUNDS = 4096, 3
+SHAPES = ((1536, 1536), (8960, 1536), (1536, 8960))  # (outputs, inputs): of Qwen2-1.5B
+TOKENS, ROUNDS = 4096, 2
 
 
 def versions() -> dict[str, str]:

@@ -85,7 +85,7 @@ def convert(
     """
     kwargs = dict(kwargs or {})
     with torch.inference_mode(False), torch.no_grad():
-        made = folded(model, args, kwargs) if fold else copy.deepcopy(model).eval()
+        made = folded(model, _own(args), _own(kwargs)) if fold else copy.deepcopy(model).eval()
     if chosen is not None:
         for name, form in chosen.items():
             _put(made, name, formed(_named(made, name), form))

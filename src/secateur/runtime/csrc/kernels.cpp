@@ -188,7 +188,9 @@ struct Plan {
     stretch = (all + (all + tiles - 1) / tiles - 1) / ((all + tiles - 1) / tiles) * TILE;
   }
   int64_t parts() const { return (length + stretch - 1) / stretch; }
-  int64_t row() const { return (stretch + halo + 15) / 16 * 16; }  // floats of one phase of one channel in the buffer
+  // Floats of one phase of one channel in the buffer: an odd number of cache lines, so that the same tile of all channels does not fall on
+  // a few places of the first cache.
+  int64_t row() const { return ((stretch + halo + 15) / 16 | 1) * 16; }
 };
 
 int64_t conv_parts(const Window& w) { return Plan(w).parts(); }
