@@ -65,7 +65,8 @@ def no_training(folder: Path) -> Rows:
 
 
 def masks(folder: Path) -> Rows:
-    """benchmarks/results/masks/TASK.jsonl: a line per network, the default beside SparseGPT or magnitude at each sparsity."""
+    """benchmarks/results/masks/TASK.jsonl: a line per network (of top-1 or perplexity), the default beside SparseGPT or magnitude at each
+    sparsity."""
     for path in sorted(folder.glob("*.jsonl")):
         rows = [row for line in path.read_text().splitlines() if "error" not in (row := json.loads(line))]
         metric = next((m for m in ("top1", "perplexity") if m in rows[0]), "")

@@ -358,6 +358,9 @@ def test_what_hooks_see_is_left(kernels, taken):
     net[0].register_forward_hook(lambda m, a, y: y + 100)
     found = convert(net, (x,), rounds=3)
     assert not found.choices and torch.equal(found.model(x), net(x))
+    for form in ("4x1", "bits"):  # nor is it dropped where a form is asked for
+        with pytest.raises(InputError, match="it has hooks"):
+            convert(net, (x,), chosen={"0": form})
     with pytest.raises(InputError, match="no such layer"):
         convert(net, (x,), chosen={"zz": "1x1"})
 

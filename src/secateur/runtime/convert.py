@@ -22,8 +22,8 @@ from secateur.runtime.ops import available
 LEAST = 0.3  # share of zeros below which a layer stays dense unseen
 GAIN = 0.97  # of the dense time: what a sparse layer takes at most
 ROUNDS, SECONDS = 15, 0.3  # of one layer: timings each way, and time for all of them
-COARSE = 0.05  # the same in bfloat16
 TOLERANCE = 1e-3  # of the largest output: sums in another order
+COARSE = 0.05  # the same in bfloat16
 SLOWER = 1.01  # end to end: a model that takes longer than this is not handed back
 WHOLE = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # torch may compute these as one, from the weights of their layers
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InputError
 from secateur.runtime.decode import TOKENS, DecodeLinear
-from secateur.runtime.layers import inner, sparse
+from secateur.runtime.layers import inner, sparse, why_not
 from secateur.runtime.layout import ROWS, Layout
 
 DENSE, BITS = "dense", "bits"
@@ -46,8 +46,9 @@ def formed(layer: nn.Module, form: str) -> nn.Module:
         raise InputError(f"form {form!r}: there are {', '.join(FORMS)}.\n  Choose one of them.")
     with torch.inference_mode(False), torch.no_grad():
         if form == BITS:
-            if type(layer) is not nn.Linear:
-                raise InputError(f"{type(layer).__name__} has no form {BITS!r}: only linear layers have.\n  Choose another.")
+            if type(layer) is not nn.Linear or why_not(layer):
+                why = why_not(layer) or "only linear layers have"
+                raise InputError(f"{type(layer).__name__} has no form {BITS!r}: {why}.\n  Choose another.")
             return DecodeLinear.of(layer)
         return layer if form == DENSE else sparse(layer, int(form[0]))
 

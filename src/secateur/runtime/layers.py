@@ -167,17 +167,16 @@ def sparse(layer: nn.Module, r: int | None = None, relu: bool = False) -> Sparse
         InputError: it has none.
     """
     layer, relu = inner(layer), relu or isinstance(layer, Rectified)
-    weight = layer.get_parameter("weight") if not why_not(layer) else torch.ones(1, 1)
+    if why := why_not(layer):
+        raise InputError(f"{layer} cannot be made a sparse layer: {why}.\n  Leave it dense.")
+    weight = layer.get_parameter("weight")
     if weight.dtype != torch.float32 or not weight.numel():
         raise InputError(f"{layer} cannot be made a sparse layer: its weight is {weight.dtype} of shape {tuple(weight.shape)}.\n"
                          "  Kernels are for float32, and for a weight that is not empty; leave it dense.")  # fmt: skip
-    if type(layer) is nn.Linear:
+    if isinstance(layer, nn.Linear):
         return SparseLinear.of(layer, r, relu)
-    if type(layer) is nn.Conv1d:
-        return SparseConv1d.of(layer, r, relu)
-    if type(layer) is nn.Conv2d:
-        return SparseConv2d.of(layer, r, relu)
-    raise InputError(f"{type(layer).__name__} has no sparse form: {why_not(layer)}.\n  Leave it dense.")
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d))  # `why_not` knows no others
+    return (SparseConv1d if isinstance(layer, nn.Conv1d) else SparseConv2d).of(layer, r, relu)
 
 
 def _known(r: int | None) -> int | None:

@@ -1,6 +1,7 @@
-"""The operators `secateur::sparse_linear` and `secateur::sparse_conv2d` as torch sees them: shapes for export and compile, and derivatives.
+"""The operators `secateur::sparse_linear`, `sparse_conv2d` and `sparse_decode` as torch sees them: shapes for export and compile, and
+derivatives.
 
-The pattern is fixed; the values that there are have derivatives, so a sparse layer can be trained on.
+The pattern is fixed; the values that there are have derivatives (but for `sparse_decode`), so a sparse layer can be trained on.
 """
 
 from __future__ import annotations

@@ -121,7 +121,6 @@ class Skeleton:
                     self.fill(module, path, own=True)
                     filled.append(module)
 
-
             return hook
 
         for path, module in self.model.named_modules():

@@ -32,24 +32,17 @@ inline void clear(Sums& sums) {
 }
 inline float total(const __m512 (&s)[2]) { return _mm512_reduce_add_ps(_mm512_add_ps(s[0], s[1])); }
 
-// Loaded by an instruction of its own: expanding straight out of memory is microcode on some processors, and several times slower.
-template <class V>
-inline V apart(V v) {
-  asm("" : "+v"(v));
-  return v;
-}
-
 // A bfloat16 is the upper half of a float, so in 32 bits of two neighbours the one is shifted up and the other masked; x has its even
 // columns first and then its odd ones.
 inline void add(__m512 (&s)[2], const uint16_t* values, uint32_t mask, __m512 even, __m512 odd) {
-  const __m512i w = _mm512_maskz_expand_epi16(mask, apart(_mm512_loadu_si512(values)));
+  const __m512i w = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
   s[0] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), even, s[0]);
   s[1] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(int(0xFFFF0000)))), odd, s[1]);
 }
 inline void add(__m512 (&s)[2], const float* values, uint32_t mask, __m512 first, __m512 second) {
-  s[0] = _mm512_fmadd_ps(_mm512_maskz_expand_ps(mask & 0xFFFF, apart(_mm512_loadu_ps(values))), first, s[0]);
+  s[0] = _mm512_fmadd_ps(_mm512_maskz_expand_ps(mask & 0xFFFF, _mm512_loadu_ps(values)), first, s[0]);
   values += __builtin_popcount(mask & 0xFFFF);
-  s[1] = _mm512_fmadd_ps(_mm512_maskz_expand_ps(mask >> 16, apart(_mm512_loadu_ps(values))), second, s[1]);
+  s[1] = _mm512_fmadd_ps(_mm512_maskz_expand_ps(mask >> 16, _mm512_loadu_ps(values)), second, s[1]);
 }
 
 // One chunk of 8 rows.
