@@ -82,7 +82,7 @@ def test_all_batches_decide(monkeypatch):
     """What is better on the first batch alone is never taken."""
     weights, keep = layers(), Fraction(3, 10)
     start = evolved(weights, keep, lambda counts, batches: 1.0, 2, QUIET)
-    assert evolved(weights, keep, lambda counts, batches: 1.0 if batches == 2 else float(counts["head"]), 2, QUIET) == start
+    assert evolved(weights, keep, lambda counts, batches: 1.0 if batches == 2 else counts["head"] / 1e6, 2, QUIET) == start
 
 
 def test_outputs_that_are_not_finite_are_refused_and_such_children_passed_over():

@@ -432,8 +432,8 @@ def test_embeddings_that_are_stored_in_half_precision_are_as_good_as_copied(tmp_
 
     transformers = import_transformers()
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)  # adds two embeddings
+    transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "half")
     shutil.copytree(tmp_path / "half", tmp_path / "full")
     held = load_file(tmp_path / "half" / "model.safetensors")
     save_file({n: t.float() for n, t in held.items()}, tmp_path / "full" / "model.safetensors", metadata={"format": "pt"})
