@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import InputError
-from secateur.runtime.layout import CHANNELS, ROWS, Layout, dense
+from secateur.runtime.layout import ROWS, Layout, dense
 from secateur.runtime.ops import Window, takes
 
 
@@ -99,9 +99,7 @@ class SparseConv2d(SparseLayer):
         sizes = [(*one, *layer.kernel_size), (*one, *layer.stride), (*zero, *layer.padding), (*one, *layer.dilation)]
         window: Any = tuple(int(n) for pair in sizes for n in pair)
         taps, weight = window[0] * window[1], layer.weight.flatten(1)
-        r = _known(r) or Layout.of(weight).r
-        channels = min(CHANNELS[r], 65536 // taps)
-        return cls(Layout.of(weight, r, max(1, channels) * taps), layer.bias, window, relu)
+        return cls(Layout.of(weight, _known(r), taps=taps), layer.bias, window, relu)
 
     def forward(self, input: Tensor) -> Tensor:
         x, w = input, self.window

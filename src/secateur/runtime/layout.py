@@ -17,6 +17,15 @@ ROWS = (1, 4, 8)  # rows of a block that there are kernels for
 COST = {1: 1.0, 4: 2.9, 8: 5.4}
 SETS = {1: 128, 4: 768, 8: 768}  # columns of a linear layer: 64 floats of each are read from the first cache, or from the second
 CHANNELS = {1: 32, 4: 512, 8: 512}  # of a convolution, whose taps read the same numbers
+SPARSE = 0.25  # up to this density sets of single weights are twice as large: a short loop costs more than the second cache
+
+
+def columns_of_set(weight: Tensor, r: int, taps: int = 1) -> int:
+    """How many columns of a matrix (rows, channels * taps) suit one set."""
+    size = SETS[r] if taps == 1 else CHANNELS[r] * taps
+    if r == 1 and 0 < int((weight != 0).sum()) <= SPARSE * weight.numel():
+        size *= 2
+    return max(taps, min(size, 65536 // taps * taps))
 
 
 @dataclass(frozen=True)
@@ -32,18 +41,19 @@ class Layout:
     set: int
 
     @classmethod
-    def of(cls, weight: Tensor, r: int | None = None, columns_of_set: int | None = None) -> Layout:
+    def of(cls, weight: Tensor, r: int | None = None, size: int | None = None, taps: int = 1) -> Layout:
         """The layout of a matrix (rows, columns) with zeros in it.
 
         Args:
             r: rows of a block; None takes what should be quickest for these zeros.
-            columns_of_set: at most 65,536; None takes what suits `r`.
+            size: columns of a set, at most 65,536; None takes what suits.
+            taps: columns that one channel has.
         """
         w = weight.detach().to(torch.float32)
         rows, columns = w.shape
         if r is None:
             r = min(ROWS, key=lambda n: COST[n] * int(_columns(w, n).sum()))
-        size = min(columns_of_set or SETS[r], 65536)
+        size = min(size or columns_of_set(w, r, taps), 65536)
         there = _columns(w, r)
         sets = -(-columns // size)
         padded = torch.zeros(there.shape[0], sets * size, dtype=torch.bool)

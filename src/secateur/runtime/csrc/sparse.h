@@ -36,6 +36,7 @@ struct Bits {
 struct Window {
   int64_t channels, height, width, out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  bool pointwise() const { return kernel_h == 1 && kernel_w == 1 && pad_h == 0 && pad_w == 0; }
 };
 
 struct Kernels {
