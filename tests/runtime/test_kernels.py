@@ -45,8 +45,10 @@ def linear(layout, x, bias=None, relu=False, isa=0):
     )  # fmt: skip
 
 
-def conv(layout, x, window, bias=None, relu=False, isa=0):
-    return torch.ops.secateur.sparse_conv2d(x, layout.values, layout.index, layout.starts, bias, layout.rows, layout.r, layout.set, relu, window, isa)
+def conv(layout, x, window, bias=None, relu=False, isa=0, plus=None):
+    return torch.ops.secateur.sparse_conv2d(
+        x, layout.values, layout.index, layout.starts, bias, plus, layout.rows, layout.r, layout.set, relu, window, isa
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -77,14 +79,17 @@ SIZES = st.tuples(st.integers(1, 4), st.integers(1, 4))
 @given(
     st.integers(1, 3), st.integers(1, 9), st.integers(1, 11), st.tuples(st.integers(1, 40), st.integers(1, 40)), SIZES,
     st.tuples(st.integers(1, 3), st.integers(1, 3)), st.tuples(st.integers(0, 3), st.integers(0, 3)), SIZES, st.sampled_from([1, 4, 8]),
-    st.sampled_from(ISAS),
+    st.sampled_from([3, 64]), st.booleans(), st.booleans(), st.sampled_from(ISAS),
 )  # fmt: skip
-def test_convolution_is_the_dense_one_for_any_window(images, channels, filters, size, kernel, stride, padding, dilation, r, isa):
+def test_convolution_is_the_dense_one_for_any_window(images, channels, filters, size, kernel, stride, padding, dilation, r, each, relu, added, isa):
     if any(n + 2 * p < d * (k - 1) + 1 for n, p, d, k in zip(size, padding, dilation, kernel, strict=True)):
         return
     w, x, bias = matrix(filters, channels * kernel[0] * kernel[1], 0.5, r), torch.randn(images, channels, *size), torch.randn(filters)
-    found = conv(Layout.of(w, r, 3 * kernel[0] * kernel[1]), x, [*kernel, *stride, *padding, *dilation], bias, isa=isa)
     wanted = F.conv2d(x.double(), w.double().view(filters, channels, *kernel), bias.double(), stride, padding, dilation)
+    plus = torch.randn(wanted.shape) if added else None
+    found = conv(Layout.of(w, r, each * kernel[0] * kernel[1]), x, [*kernel, *stride, *padding, *dilation], bias, relu, isa, plus)
+    wanted = wanted if plus is None else wanted + plus
+    wanted = wanted.relu() if relu else wanted
     assert found.shape == wanted.shape
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5 * (1 + float(wanted.abs().max())))
 
@@ -193,7 +198,7 @@ def test_windows_that_cannot_be_counted_are_refused(window):
     empty = torch.zeros(2, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="secateur"):
         torch.ops.secateur.sparse_conv2d(
-            torch.randn(1, 1, 1, 1), torch.zeros(0, 1), torch.zeros(0, dtype=torch.int16), empty, None, 1, 1, 2, False, window
+            torch.randn(1, 1, 1, 1), torch.zeros(0, 1), torch.zeros(0, dtype=torch.int16), empty, None, None, 1, 1, 2, False, window
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from secateur.errors import InputError, ProofError
 from secateur.runtime import DecodeLinear, SparseConv1d, SparseConv2d, SparseLinear, convert, fold, sparse
@@ -229,8 +230,56 @@ def test_a_folded_graph_is_the_model(kernels):
         torch.testing.assert_close(graph(other), net(other), rtol=1e-4, atol=1e-5)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     kinds = {n: type(m).__name__ for n, m in graph.named_children()}
-    assert kinds == {"a_folded": "Rectified", "d_folded": "Conv2d", "b_folded": "Rectified", "c_folded": "Rectified", "fc_folded": "Linear"}
+    assert kinds == {"a_folded": "Fused", "d_folded": "Fused", "b_folded": "Fused", "c_folded": "Fused", "fc_folded": "Linear"}
+    calls = {n.target: len(n.args) for n in graph.graph.nodes if n.op == "call_module"}
+    assert calls == {"a_folded": 1, "d_folded": 2, "b_folded": 1, "c_folded": 1, "fc_folded": 1}
     assert not any("batch_norm" in str(n.target) or n.op == "get_attr" for n in graph.graph.nodes)
+
+
+class Sums(nn.Module):
+    """Sums that a convolution may take in, and some that it may not."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e, self.f = (zeroed(nn.Conv2d(8, 8, k, padding=k // 2), 0.8) for k in (3, 1, 3, 1, 3, 1))
+        self.spread = nn.Parameter(torch.randn(8, 1, 1))
+
+    def forward(self, x):
+        y = torch.relu(self.a(x) + self.b(x))  # of two convolutions: one takes the other in
+        y = x + self.c(y)  # no rectifier
+        z = self.d(y)
+        y = z + z  # twice itself
+        y = torch.add(self.e(y), y, alpha=2)  # scaled
+        return self.f(y) + self.spread
+
+
+def test_sums_are_folded_where_they_are_plain(kernels, monkeypatch):
+    for name in ("GAIN", "SLOWER"):
+        monkeypatch.setattr(sys.modules["secateur.runtime.convert"], name, 1e9)
+    torch.manual_seed(0)
+    net, x = Sums().eval(), torch.randn(2, 8, 9, 11)
+    graph = fold(net, (x,))
+    calls = {n.target: len(n.args) for n in graph.graph.nodes if n.op == "call_module"}
+    assert sorted(calls.values()) == [1, 1, 1, 1, 2, 2] and calls["c_folded"] == 2
+    found = convert(net, (x,), rounds=3, fold=True)
+    assert len(found.chosen) == 6
+    other = torch.randn_like(x)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(other), net(other), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.model(other), net(other), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_added_has_a_derivative(kernels):
+    torch.manual_seed(0)
+    layer = SparseConv2d.of(zeroed(nn.Conv2d(3, 5, 3, padding=1)), 4, relu=True)
+    x, plus = torch.randn(2, 3, 6, 5, requires_grad=True), torch.randn(2, 5, 6, 5, requires_grad=True)
+    weight = layer.matrix().detach().view(5, 3, 3, 3)
+    wanted = torch.relu(F.conv2d(x, weight, layer.bias, padding=1) + plus)
+    seed = torch.randn_like(wanted)
+    found = layer(x, plus)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(found, (x, plus), seed), torch.autograd.grad(wanted, (x, plus), seed), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_folded_model_is_converted(kernels, monkeypatch):

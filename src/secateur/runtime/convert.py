@@ -16,7 +16,7 @@ from secateur.errors import InputError, ProofError
 from secateur.measure.run import at_rest
 from secateur.runtime.fold import fold as folded
 from secateur.runtime.forms import DENSE, formed, forms_for, in_turns, zeros_of
-from secateur.runtime.layers import Rectified, why_not
+from secateur.runtime.layers import Fused, why_not
 from secateur.runtime.ops import available
 
 LEAST = 0.3  # share of zeros below which a layer stays dense unseen
@@ -96,8 +96,8 @@ def convert(
         return Converted(plain, [], 0.0, 0.0, torch.get_num_threads(), ["no kernels here, so every layer stays dense"])
     notes, choices = list[str](), list[Choice]()
     with _at_rest(model, made):
-        for name, x in _inputs(made, args, kwargs).items():
-            choice, layer = _chosen(name, made.get_submodule(name), x, rounds)
+        for name, given in _inputs(made, args, kwargs).items():
+            choice, layer = _chosen(name, made.get_submodule(name), given, rounds)
             choices.append(choice)
             if layer is not None:
                 _put(made, name, layer)
@@ -123,18 +123,18 @@ def _at_rest(*models: nn.Module) -> Iterator[None]:
         yield
 
 
-def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, tuple[Tensor, ...]]:
     """What each layer with enough zeros takes in, at its first call."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, tuple[Tensor, ...]] = {}
     handles = []
-    inside = {id(m.layer) for m in model.modules() if isinstance(m, Rectified)}
+    inside = {id(m.layer) for m in model.modules() if isinstance(m, Fused)}
     inside |= {id(m) for one in model.modules() if isinstance(one, WHOLE) for m in one.modules()}
 
     def see(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, given: tuple, named: dict[str, Any]) -> None:
-            x = given[0] if given else next(iter(named.values()), None)
-            if isinstance(x, Tensor):
-                found.setdefault(name, x.detach().clone())
+            taken = (*given, *named.values())
+            if taken and all(isinstance(x, Tensor) for x in taken):
+                found.setdefault(name, tuple(x.detach().clone() for x in taken))
 
         return hook
 
@@ -146,7 +146,7 @@ def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[st
     finally:
         for handle in handles:
             handle.remove()
-    return {n: x for n, x in found.items() if forms_for(model.get_submodule(n), x)}
+    return {n: given for n, given in found.items() if forms_for(model.get_submodule(n), given[0])}
 
 
 def _own(given: Any) -> Any:
@@ -154,19 +154,19 @@ def _own(given: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t.detach().clone(), given)
 
 
-def _chosen(name: str, layer: nn.Module, x: Tensor, rounds: int) -> tuple[Choice, nn.Module | None]:
+def _chosen(name: str, layer: nn.Module, given: tuple[Tensor, ...], rounds: int) -> tuple[Choice, nn.Module | None]:
     """The quickest form of a layer on its input."""
-    zeros, forms = zeros_of(layer), forms_for(layer, x)
+    zeros, forms = zeros_of(layer), forms_for(layer, given[0])
     made = [formed(layer, form) for form in forms]
-    dense, *times = in_turns([_call(f, x) for f in (layer, *made)], rounds, SECONDS)
+    dense, *times = in_turns([_call(f, given) for f in (layer, *made)], rounds, SECONDS)
     quickest = min(range(len(forms)), key=times.__getitem__)
     if times[quickest] > GAIN * dense:
         return Choice(name, zeros, dense, times[quickest], DENSE, "dense is as quick"), None
     return Choice(name, zeros, dense, times[quickest], forms[quickest]), made[quickest]
 
 
-def _call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
-    return lambda: layer(x)
+def _call(layer: nn.Module, given: tuple[Tensor, ...]) -> Callable[[], Any]:
+    return lambda: layer(*given)
 
 
 def _compared(model: nn.Module, made: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:

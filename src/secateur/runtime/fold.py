@@ -1,4 +1,4 @@
-"""A model as its captured graph, with batch norms and rectifiers taken into the layers before them: for inference, in inputs of one shape."""
+"""A model as its captured graph, with batch norms, sums and rectifiers taken into the layers before them: for inference, in inputs of one shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from secateur.repair.fit import Affine, folded
 from secateur.repair.layers import Layer, find_layers, norm_names
-from secateur.runtime.layers import Rectified
+from secateur.runtime.layers import Fused
 from secateur.surgery.cut import state_of
 from secateur.surgery.predict import predict
 from secateur.trace import Graph, trace
@@ -21,7 +21,8 @@ CONVS = {1: nn.Conv1d, 2: nn.Conv2d}
 
 def fold(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None) -> fx.GraphModule:
     """The model's graph with plain layers in it: `nn.Linear` and `nn.Conv1d` / `nn.Conv2d`, each with the batch norm that follows it in its
-    weights, and as `Rectified` with the ReLU that follows. `model` is not changed.
+    weights, and as `Fused` with the ReLU that follows; a convolution also with the sum that follows, as residual networks have it. `model` is not
+    changed.
 
     Args:
         args, kwargs: inputs of the shapes that it will be called with.
@@ -33,23 +34,25 @@ def fold(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None)
     state = {**graph.capture.values, **state_of(model)}
     prediction = predict(graph, {n: torch.ones(g.size, dtype=torch.bool) for n, g in graph.groups.items()}, state)
     module, nodes = prediction.module, prediction.nodes
+    done = set[fx.Node]()
     for layer in find_layers(graph):
         weight = state[layer.weight]
         if layer.why_not or layer.transposed or weight.dim() not in (2, 3, 4) or weight.dtype != torch.float32:
             continue
-        last = _rectifier(layer.end)
+        total, other = _sum(layer.end, done) if layer.window else (layer.end, None)
+        last = _rectifier(total)
         made: nn.Module = _plain(layer, _affine(graph, layer, state))
         if last is not layer.end:
-            made = Rectified(made)
+            made = Fused(made, relu=last is not total)
         name = _free(module, layer.name.replace(".", "_") + "_folded")
         module.add_module(name, made.eval())
-        new = nodes[layer.node]
-        with module.graph.inserting_before(new):
-            call = module.graph.call_module(name, (nodes[layer.source],))
+        with module.graph.inserting_before(nodes[last]):
+            call = module.graph.call_module(name, tuple(nodes[n] for n in (layer.source, other) if n is not None))
         nodes[last].replace_all_uses_with(call)
-        for node in dict.fromkeys((last, layer.end, layer.node)):
+        for node in dict.fromkeys((last, total, layer.end, layer.node)):
             module.graph.erase_node(nodes[node])
             nodes[node] = call
+            done.add(node)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
     used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
@@ -69,6 +72,19 @@ def _rectifier(node: fx.Node) -> fx.Node:
     """The ReLU that alone reads the node, or the node."""
     users = list(node.users)
     return users[0] if len(users) == 1 and op_name(users[0]) == "relu" else node
+
+
+def _sum(node: fx.Node, done: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
+    """The sum of the node and another of the same kind, where that alone reads it, and the other; or the node, None."""
+    users = list(node.users)
+    if len(users) != 1 or users[0] in done or op_name(users[0]) != "add" or users[0].kwargs or len(users[0].args) != 2:
+        return node, None
+    others = [n for n in users[0].args if n is not node]
+    value = node.meta["val"]
+    if len(others) != 1 or not isinstance(others[0], fx.Node):  # a number, or twice the node
+        return node, None
+    other = others[0].meta.get("val")
+    return (users[0], others[0]) if isinstance(other, Tensor) and (other.shape, other.dtype) == (value.shape, value.dtype) else (node, None)
 
 
 def _affine(graph: Graph, layer: Layer, state: Mapping[str, Tensor]) -> Affine:

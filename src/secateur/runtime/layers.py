@@ -46,7 +46,8 @@ class SparseLayer(nn.Module):
         """The share of the weights that is stored, those included that a block of rows brings with it."""
         return self.values.numel() / (self.rows * self.columns)
 
-    def _ended(self, y: Tensor) -> Tensor:
+    def _ended(self, y: Tensor, plus: Tensor | None = None) -> Tensor:
+        y = y if plus is None else y + plus
         return F.relu(y) if self.relu else y
 
 
@@ -77,7 +78,8 @@ class SparseLinear(SparseLayer):
 
 
 class SparseConv2d(SparseLayer):
-    """A convolution of x (N, C, H, W), one group, zeros outside the image, W sparse."""
+    """A convolution of x (N, C, H, W), one group, zeros outside the image, W sparse. `plus`, of the output's shape, is added to it before its
+    ReLU."""
 
     def __init__(self, layout: Layout, bias: Tensor | None, window: Window, relu: bool = False):
         super().__init__(layout, bias, relu)
@@ -101,16 +103,17 @@ class SparseConv2d(SparseLayer):
         taps, weight = window[0] * window[1], layer.weight.flatten(1)
         return cls(Layout.of(weight, _known(r), taps=taps), layer.bias, window, relu)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, plus: Tensor | None = None) -> Tensor:
         x, w = input, self.window
         if x.dim() == 3:  # an image by itself
-            return SparseConv2d.forward(self, x[None])[0]
-        if takes(x, self.values):
+            return SparseConv2d.forward(self, x[None], None if plus is None else plus[None])[0]
+        if takes(x, self.values) and (plus is None or plus.dtype == x.dtype):
+            added = None if plus is None else plus.contiguous()
             return torch.ops.secateur.sparse_conv2d(
-                x.contiguous(), self.values, self.index, self.starts, self.bias, self.rows, self.r, self.set, self.relu, w
+                x.contiguous(), self.values, self.index, self.starts, self.bias, added, self.rows, self.r, self.set, self.relu, w
             )
         weight = self.matrix().view(self.rows, -1, *w[:2]).to(x.dtype)
-        return self._ended(F.conv2d(x, weight, None if self.bias is None else self.bias.to(x.dtype), w[2:4], w[4:6], w[6:8]))
+        return self._ended(F.conv2d(x, weight, None if self.bias is None else self.bias.to(x.dtype), w[2:4], w[4:6], w[6:8]), plus)
 
     def extra_repr(self) -> str:
         w = self.window
@@ -121,19 +124,21 @@ class SparseConv2d(SparseLayer):
 class SparseConv1d(SparseConv2d):
     """A convolution of x (N, C, L)."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.unsqueeze(-2)).squeeze(-2)
+    def forward(self, input: Tensor, plus: Tensor | None = None) -> Tensor:
+        return super().forward(input.unsqueeze(-2), None if plus is None else plus.unsqueeze(-2)).squeeze(-2)
 
 
-class Rectified(nn.Module):
-    """A layer and the ReLU behind it."""
+class Fused(nn.Module):
+    """A layer, what is added to its output, and the ReLU behind them."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, relu: bool):
         super().__init__()
-        self.layer = layer
+        self.layer, self.relu = layer, relu
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu_(self.layer(x))
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        y = self.layer(x)
+        y = y if plus is None else y.add_(plus)
+        return F.relu_(y) if self.relu else y
 
 
 def why_not(layer: nn.Module) -> str:
@@ -155,7 +160,7 @@ def why_not(layer: nn.Module) -> str:
 
 def inner(layer: nn.Module) -> nn.Module:
     """The layer that holds the weight."""
-    return layer.layer if isinstance(layer, Rectified) else layer
+    return layer.layer if isinstance(layer, Fused) else layer
 
 
 def sparse(layer: nn.Module, r: int | None = None, relu: bool = False) -> SparseLayer:
@@ -164,7 +169,7 @@ def sparse(layer: nn.Module, r: int | None = None, relu: bool = False) -> Sparse
     Raises:
         InputError: it has none.
     """
-    layer, relu = inner(layer), relu or isinstance(layer, Rectified)
+    layer, relu = inner(layer), relu or (isinstance(layer, Fused) and layer.relu)
     if why := why_not(layer):
         raise InputError(f"{layer} cannot be made a sparse layer: {why}.\n  Leave it dense.")
     weight = layer.get_parameter("weight")

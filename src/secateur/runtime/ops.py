@@ -64,7 +64,7 @@ def _linear_shape(x: Tensor, *others: Any) -> Tensor:
 
 
 def _conv_shape(x: Tensor, *others: Any) -> Tensor:
-    rows, window = others[4], others[8]
+    rows, window = others[5], others[9]  # after values, index, starts, bias, plus
     high, wide = (out_size(x.shape[2 + i], *window[i::2]) for i in range(2))
     return x.new_empty((x.shape[0], rows, high, wide))
 
@@ -89,10 +89,10 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 def _keep_conv(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, values, index, starts, bias, rows, r, size, relu, window = inputs[:10]
+    x, values, index, starts, bias, plus, rows, r, size, relu, window = inputs[:11]
     ctx.save_for_backward(x, values, index, starts, output if relu else None)
     ctx.shape, ctx.window = (rows, x.shape[1] * window[0] * window[1], r, size), list(window)
-    ctx.has_bias, ctx.others = bias is not None, len(inputs) - 5
+    ctx.has_bias, ctx.has_plus, ctx.others = bias is not None, plus is not None, len(inputs) - 6
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple:
@@ -105,7 +105,7 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple:
         [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias],
     )  # fmt: skip
     of_values = None if of_weight is None else _of_values(of_weight.flatten(1), index, starts, ctx.shape)
-    return of_x, of_values, None, None, of_bias if ctx.has_bias else None, *[None] * ctx.others
+    return of_x, of_values, None, None, of_bias if ctx.has_bias else None, grad if ctx.has_plus else None, *[None] * ctx.others
 
 
 def _of_values(of_weight: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int, int, int]) -> Tensor:

@@ -96,8 +96,8 @@ Tensor sparse_linear(Tensor x, Tensor values, Tensor index, Tensor starts, std::
   return y;
 }
 
-Tensor sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, std::optional<Tensor> bias, int64_t rows, int64_t r, int64_t set, bool relu,
-                     std::vector<int64_t> window, int64_t isa) {
+Tensor sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, std::optional<Tensor> bias, std::optional<Tensor> plus, int64_t rows, int64_t r,
+                     int64_t set, bool relu, std::vector<int64_t> window, int64_t isa) {
   check(x, ScalarType::Float, "x");
   STD_TORCH_CHECK(x.dim() == 4 && window.size() == 8, "secateur: x is (N, C, H, W); the window has kernel, stride, padding and dilation");
   Window w{x.size(1), x.size(2), x.size(3), 0, 0, window[0], window[1], window[2], window[3], window[4], window[5], window[6], window[7]};
@@ -114,15 +114,20 @@ Tensor sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, std::
   const int64_t buffer = best().conv_buffer(w);
   STD_TORCH_CHECK(buffer >= 0 && buffer < INT32_MAX - TILE, "secateur: the image is too large");
   const int64_t shape[] = {x.size(0), rows, w.out_height, w.out_width};
+  if (plus) {
+    check(*plus, ScalarType::Float, "plus");
+    STD_TORCH_CHECK(plus->dim() == 4 && std::equal(shape, shape + 4, plus->sizes().begin()), "secateur: what is added has another shape");
+  }
   Tensor y = torch::stable::new_empty(x, {shape[0], shape[1], shape[2], shape[3]});
   std::unique_ptr<int32_t[]> offsets(new int32_t[m.columns]);
   const Kernels& kernels = chosen(isa);
   kernels.conv_offsets(w, offsets.get());
-  const float* from = x.const_data_ptr<float>();
+  const float *from = x.const_data_ptr<float>(), *added = plus ? plus->const_data_ptr<float>() : nullptr;
   float* to = y.mutable_data_ptr<float>();
   const int64_t parts = kernels.conv_parts(w), image = w.channels * w.height * w.width, result = rows * w.out_height * w.out_width;
   shared(x.size(0) * parts, m.blocks(), [&](int64_t item, int64_t first, int64_t last) {
-    kernels.conv(m, w, offsets.get(), from + item / parts * image, to + item / parts * result, item % parts, first, last);
+    const int64_t at = item / parts * result;
+    kernels.conv(m, w, offsets.get(), from + item / parts * image, added ? added + at : nullptr, to + at, item % parts, first, last);
   });
   return y;
 }
@@ -165,7 +170,8 @@ STABLE_TORCH_LIBRARY(secateur, m) {
   m.def("sparse_decode(Tensor x, Tensor values, Tensor masks, Tensor starts, Tensor? bias, int rows, int columns, int isa=0) -> Tensor");
   m.def("sparse_linear(Tensor x, Tensor values, Tensor index, Tensor starts, Tensor? bias, int rows, int columns, int r, int set, bool relu, int isa=0) "
         "-> Tensor");
-  m.def("sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, Tensor? bias, int rows, int r, int set, bool relu, int[] window, int isa=0) "
+  m.def("sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, Tensor? bias, Tensor? plus, int rows, int r, int set, bool relu, int[] window, "
+        "int isa=0) "
         "-> Tensor");
 }
 

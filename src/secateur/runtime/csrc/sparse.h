@@ -42,9 +42,9 @@ struct Window {
 struct Kernels {
   // y (tokens, rows) = x (tokens, columns) W^T for tokens [first, last) and blocks of rows [from, to)
   void (*linear)(const Matrix&, const float* x, float* y, int64_t first, int64_t last, int64_t from, int64_t to);
-  // one image: y (rows, out_height * out_width), the `part`-th of `parts` stretches of it, blocks of rows [from, to). `offsets` are those of
+  // one image: y (rows, out_height * out_width) = W x + plus (or null), the `part`-th of `parts` stretches of it, blocks of rows [from, to). `offsets` are those of
   // `conv_offsets`
-  void (*conv)(const Matrix&, const Window&, const int32_t* offsets, const float* x, float* y, int64_t part, int64_t from, int64_t to);
+  void (*conv)(const Matrix&, const Window&, const int32_t* offsets, const float* x, const float* plus, float* y, int64_t part, int64_t from, int64_t to);
   int64_t (*conv_parts)(const Window&);
   int64_t (*conv_buffer)(const Window&);  // floats of a stretch of all channels, -1 where they are too many to count
   void (*conv_offsets)(const Window&, int32_t* offsets);  // in the buffer, of every column: (channel, kernel_h, kernel_w)
