@@ -207,3 +207,28 @@ def test_sets_are_never_larger_than_a_column_number():
     assert torch.equal(Layout.of(w, 1, 70_000).dense(), w)
     x = torch.randn(3, 70_000)
     torch.testing.assert_close(linear(Layout.of(w, 1, 70_000), x).double(), F.linear(x.double(), w.double()), rtol=0, atol=1e-2)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.tuples(st.integers(1, 70), st.integers(1, 70)), SIZES, SIZES, st.tuples(st.integers(0, 2), st.integers(0, 2)), SIZES, st.sampled_from(ISAS))
+def test_the_largest_of_a_window_is_torchs(size, kernel, stride, padding, dilation, isa):
+    padding = tuple(min(p, k // 2) for p, k in zip(padding, kernel, strict=True))
+    if any(n + 2 * p < d * (k - 1) + 1 for n, p, d, k in zip(size, padding, dilation, kernel, strict=True)):
+        return
+    x = torch.randn(2, 3, *size)
+    x[x > 2.5] = float("nan")
+    found = torch.ops.secateur.max_pool2d(x, [*kernel, *stride, *padding, *dilation], isa)
+    torch.testing.assert_close(found, F.max_pool2d(x, kernel, stride, padding, dilation), rtol=0, atol=0, equal_nan=True)
+
+
+def test_steps_of_a_chain_that_name_what_is_not_there_are_refused():
+    layout, x = Layout.of(matrix(4, 27, 0.5, 1), 1), torch.randn(1, 3, 5, 5)
+    weights, step = [layout.values, layout.index, layout.starts], [0, -1, 0, 1, 2, -1, 4, 1, layout.set, 0, 3, 3, 1, 1, 1, 1, 1, 1]
+    (found,) = torch.ops.secateur.sparse_chain([x], weights, step, [1])
+    torch.testing.assert_close(found, conv(layout, x, step[10:]), rtol=0, atol=0)
+    for place, wrong in ((0, 1), (0, -1), (1, 5), (2, 3), (3, -2), (5, 3)):
+        with pytest.raises(RuntimeError, match="secateur"):
+            torch.ops.secateur.sparse_chain([x], weights, [wrong if i == place else n for i, n in enumerate(step)], [1])
+    for steps, results in ((step[:-1], [1]), (step, [2]), (step, [-1])):
+        with pytest.raises(RuntimeError, match="secateur"):
+            torch.ops.secateur.sparse_chain([x], weights, steps, results)

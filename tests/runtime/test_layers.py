@@ -269,6 +269,47 @@ def test_sums_are_folded_where_they_are_plain(kernels, monkeypatch):
         torch.testing.assert_close(found.model(other), net(other), rtol=1e-4, atol=1e-4)
 
 
+class Stages(nn.Module):
+    """Blocks with shortcuts, as residual networks have them, behind a pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.pool = nn.Conv2d(3, 16, 3, padding=1), nn.MaxPool2d(3, 2, 1)
+        self.one, self.two, self.four = (zeroed(nn.Conv2d(16, 16, 3, padding=1), 0.8) for _ in range(3))
+        self.three, self.down = zeroed(nn.Conv2d(16, 24, 3, 2, 1, bias=False), 0.8), zeroed(nn.Conv2d(16, 24, 1, 2), 0.8)
+        self.low = nn.MaxPool2d((2, 1))
+
+    def forward(self, x):
+        x = self.pool(torch.relu(self.stem(x)))
+        x = torch.relu(x + self.two(torch.relu(self.one(x))))
+        y = torch.relu(self.four(x))
+        return torch.relu(self.three(y) + self.down(x)), self.low(y)
+
+
+def test_convolutions_that_follow_one_another_are_called_at_once(kernels, monkeypatch):
+    for name in ("GAIN", "SLOWER"):
+        monkeypatch.setattr(sys.modules["secateur.runtime.convert"], name, 1e9)
+    torch.manual_seed(0)
+    net, x, other = Stages().eval(), torch.randn(2, 3, 20, 22), torch.randn(2, 3, 20, 22)
+    found = convert(net, (x,), rounds=3, fold=True).model
+    kinds = {n: type(m).__name__ for n, m in found.named_children()}
+    assert kinds == {"stem_folded": "Fused", "chain_0": "Chain"} and len(list(found.chain_0.children())) == 5
+    assert sum(getattr(n.target, "__name__", "") == "max_pool" for n in found.graph.nodes) == 2
+    wanted = net(other)
+    with torch.no_grad():
+        for a, b in zip(found(other), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        exported = torch.export.export(found, (x,)).module()
+        for a, b in zip(exported(other), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    trained = copy.deepcopy(found)
+    for a, b in zip(trained(other), wanted, strict=True):  # with derivatives, so layer by layer
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    sum(y.sum() for y in trained(other)).backward()
+    assert all(p.grad is not None for p in trained.parameters()) and all(p.grad is None for p in found.parameters())
+    torch.testing.assert_close(found.double()(other.double())[0], wanted[0].double(), rtol=1e-4, atol=1e-4)  # no kernels for these
+
+
 def test_what_is_added_has_a_derivative(kernels):
     torch.manual_seed(0)
     layer = SparseConv2d.of(zeroed(nn.Conv2d(3, 5, 3, padding=1)), 4, relu=True)

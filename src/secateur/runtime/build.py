@@ -82,7 +82,7 @@ def build(to: Path | None = None, extra: list[str] | None = None) -> Path:
             lines, objects = [], []
             for isa, (width, flags) in (X86 if x86 else OTHER).items():
                 names = [f"-DSECATEUR_ISA={isa}", f"-DSECATEUR_WIDTH={width}"]
-                for part in ("kernels", "conv", "decode"):
+                for part in ("kernels", "conv", "pool", "decode"):
                     objects.append(f"{work}/{part}-{isa}.o")
                     lines.append([*cxx, *COMMON, *flags, *(extra or []), *names, "-c", str(SOURCES / f"{part}.cpp"), "-o", objects[-1]])
             lines.append([*cxx, *COMMON, *(extra or []), *include, "-c", str(SOURCES / "ops.cpp"), "-o", f"{work}/ops.o"])

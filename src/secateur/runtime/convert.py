@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import InputError, ProofError
 from secateur.measure.run import at_rest
+from secateur.runtime.chain import chained, pooled
 from secateur.runtime.fold import fold as folded
 from secateur.runtime.forms import DENSE, formed, forms_for, in_turns, zeros_of
 from secateur.runtime.layers import Fused, why_not
@@ -74,8 +75,8 @@ def convert(
         model: with zeros in its weights; it is not changed. args, kwargs: what it is called with, of the batch size that counts.
         chosen: {layer: form}: take these and time nothing, as `chosen` of an earlier result says.
         rounds: timings each way, in turns.
-        fold: take batch norms and rectifiers into the layers before them first; what comes back is then the captured graph, for inference and
-            for inputs of these shapes.
+        fold: take batch norms, sums and rectifiers into the layers before them first, and call sparse convolutions that follow one another at
+            once; what comes back is then the captured graph, for inference and for inputs of these shapes.
 
     The whole model is timed too: what is handed back is not slower than the model given, or is a copy of it; and its outputs are compared.
 
@@ -89,6 +90,7 @@ def convert(
     if chosen is not None:
         for name, form in chosen.items():
             _put(made, name, formed(_named(made, name), form))
+        made = pooled(chained(made)) if isinstance(made, fx.GraphModule) and fold else made
         _compared(model, made, args, kwargs)
         return Converted(made, [], 0.0, 0.0, torch.get_num_threads())
     if not available():
@@ -101,6 +103,7 @@ def convert(
             choices.append(choice)
             if layer is not None:
                 _put(made, name, layer)
+        made = pooled(chained(made)) if isinstance(made, fx.GraphModule) and fold else made
     if not choices and isinstance(model, fx.GraphModule) and not fold:
         notes.append("this model is a graph of operators, not of layers: fold=True finds its layers")
     _compared(model, made, args, kwargs)

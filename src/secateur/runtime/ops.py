@@ -1,7 +1,7 @@
-"""The operators `secateur::sparse_linear`, `sparse_conv2d` and `sparse_decode` as torch sees them: shapes for export and compile, and
-derivatives.
+"""The operators of `secateur::` as torch sees them: shapes for export and compile, and derivatives.
 
-The pattern is fixed; the values that there are have derivatives (but for `sparse_decode`), so a sparse layer can be trained on.
+The pattern is fixed; the values that there are have derivatives in `sparse_linear` and `sparse_conv2d`, so a sparse layer can be trained on. The
+others (`sparse_chain`, `sparse_decode`, `max_pool2d`) are for inference.
 """
 
 from __future__ import annotations
@@ -44,13 +44,16 @@ def _register() -> bool:
     torch.library.register_fake("secateur::sparse_linear")(_linear_shape)
     torch.library.register_fake("secateur::sparse_decode")(_linear_shape)
     torch.library.register_fake("secateur::sparse_conv2d")(_conv_shape)
+    torch.library.register_fake("secateur::sparse_chain")(_chain_shapes)
+    torch.library.register_fake("secateur::max_pool2d")(_pool_shape)
     torch.library.register_autograd("secateur::sparse_linear", _linear_backward, setup_context=_keep_linear)
     torch.library.register_autograd("secateur::sparse_conv2d", _conv_backward, setup_context=_keep_conv)
     return True
 
 
-def takes(x: Tensor, values: Tensor) -> bool:
+def takes(x: Tensor, values: Tensor | None = None) -> bool:
     """Whether the kernels compute with these tensors: float32 on the CPU."""
+    values = x if values is None else values
     return x.dtype == values.dtype == torch.float32 and x.device.type == values.device.type == "cpu" and available()
 
 
@@ -67,6 +70,22 @@ def _conv_shape(x: Tensor, *others: Any) -> Tensor:
     rows, window = others[5], others[9]  # after values, index, starts, bias, plus
     high, wide = (out_size(x.shape[2 + i], *window[i::2]) for i in range(2))
     return x.new_empty((x.shape[0], rows, high, wide))
+
+
+def _pool_shape(x: Tensor, window: list[int], isa: int = 0) -> Tensor:
+    return _conv_shape(x, *[None] * 5, x.shape[1], None, None, None, window)
+
+
+STEP = 18  # numbers of a step of a chain: source, plus, values, index, starts, bias, rows, r, set, relu, window
+
+
+def _chain_shapes(given: list[Tensor], weights: list[Tensor], steps: list[int], results: list[int]) -> list[Tensor]:
+    values = list(given)
+    for at in range(0, len(steps), STEP):
+        source, rows, window = steps[at], steps[at + 6], steps[at + 10 : at + STEP]
+        x = values[source]
+        values.append(_conv_shape(x, *[None] * 5, rows, None, None, None, window))
+    return [values[i] for i in results]
 
 
 def _keep_linear(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -112,10 +112,6 @@ inline void in_lanes(float* to, int64_t n, const Load& load) {
   }
 }
 
-struct Zeros {
-  template <int LANES> typename Lanes<LANES>::Floats at(int64_t) const { return typename Lanes<LANES>::Floats{}; }
-  float one(int64_t) const { return 0; }
-};
 struct Each {
   const float* from;
   template <int LANES> typename Lanes<LANES>::Floats at(int64_t i) const { return *reinterpret_cast<const typename Lanes<LANES>::Floats*>(from + i); }
@@ -166,11 +162,13 @@ void blocks(const Matrix& m, const float* x, Where where, const Tile& tile, int6
   const int32_t* starts = m.starts + set * m.blocks();
   const float floor = m.relu && set + 1 == m.sets() ? 0.0f : -INFINITY;
   const bool fresh = set == 0 && !tile.plus, direct = !tile.pieces && (tile.fits || tile.wide % WIDTH == 0);
-  alignas(64) float spill[R * TILE] = {};
+  alignas(64) float spill[R * TILE];
+  if (!fresh) std::memset(spill, 0, sizeof spill);  // between pieces nothing is taken
   for (int64_t b = from; b < to; b++) {
     const int64_t s = starts[b], n = starts[b + 1] - s, rows = std::min<int64_t>(R, m.rows - b * R);
     float bias[R] = {};
-    if (m.bias && set == 0) std::memcpy(bias, m.bias + b * R, rows * 4);
+    if (m.bias && set == 0)
+      for (int64_t r = 0; r < rows; r++) bias[r] = m.bias[b * R + r];
     float* at = tile.at + (b - from) * R * tile.row;
     const float* before = set == 0 ? tile.plus + (b - from) * R * tile.row : at;
     if (direct && (rows == R || tile.fits)) {

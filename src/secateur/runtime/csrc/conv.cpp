@@ -44,10 +44,15 @@ void pieces_in(const Window& w, const Plan& p, int64_t phase, int64_t at, int64_
   }
 }
 
+// Zeros, in whole vectors: what lies behind them in the buffer is written later.
+inline void clear(float* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += WIDTH) *reinterpret_cast<Loose*>(to + i) = Vector{};
+}
+
 void fill(const Window& w, const std::vector<Piece>& pieces, const float* image, float* line) {
   for (const Piece& piece : pieces) {
     float* to = line + piece.to;
-    in_lanes<WIDTH>(to, piece.left, Zeros{});
+    clear(to, piece.left);
     to += piece.left;
     if (w.stride_w == 1) {
       in_lanes<WIDTH>(to, piece.inside, Each{image + piece.from});
@@ -57,7 +62,7 @@ void fill(const Window& w, const std::vector<Piece>& pieces, const float* image,
     } else {
       for (int64_t i = 0; i < piece.inside; i++) to[i] = image[piece.from + w.stride_w * i];
     }
-    in_lanes<WIDTH>(to + piece.inside, piece.right, Zeros{});
+    clear(to + piece.inside, piece.right);
   }
 }
 
@@ -72,6 +77,7 @@ void pieces_out(const Window& w, const Plan& p, int64_t t, int64_t wide, std::ve
 }
 
 thread_local std::vector<Piece> pieces;
+thread_local std::vector<std::vector<Piece>> lines;  // of each phase
 
 // A window of one pixel: its tiles are copied as they lie, and the sums go straight to the result.
 void pointwise(const Matrix& m, const Window& w, const float* x, const float* plus, float* y, int64_t part, int64_t from, int64_t to) {
@@ -114,12 +120,14 @@ int64_t conv_buffer(const Window& w) {
 void conv_offsets(const Window& w, int32_t* offsets) {
   if (w.pointwise()) return;  // they are not asked for
   const Plan p(w);
-  for (int64_t channel = 0; channel < w.channels; channel++)
-    for (int64_t down = 0; down < w.kernel_h * w.dilation_h; down += w.dilation_h)
-      for (int64_t right = 0; right < w.kernel_w * w.dilation_w; right += w.dilation_w) {
-        const int64_t phase = down % w.stride_h * w.stride_w + right % w.stride_w;
-        *offsets++ = int32_t((channel * p.phases + phase) * p.row() + down / w.stride_h * p.line + right / w.stride_w);
-      }
+  const int64_t taps = w.kernel_h * w.kernel_w;
+  int32_t* tap = offsets;  // of the first channel; the others lie as far apart as their lines
+  for (int64_t down = 0; down < w.kernel_h * w.dilation_h; down += w.dilation_h)
+    for (int64_t right = 0; right < w.kernel_w * w.dilation_w; right += w.dilation_w) {
+      const int64_t phase = down % w.stride_h * w.stride_w + right % w.stride_w;
+      *tap++ = int32_t(phase * p.row() + down / w.stride_h * p.line + right / w.stride_w);
+    }
+  for (int64_t i = taps; i < w.channels * taps; i++) offsets[i] = int32_t(offsets[i - taps] + p.phases * p.row());
 }
 
 void conv(const Matrix& m, const Window& w, const int32_t* offsets, const float* x, const float* plus, float* y, int64_t part, int64_t from,
@@ -129,10 +137,10 @@ void conv(const Matrix& m, const Window& w, const int32_t* offsets, const float*
   const int64_t begin = part * p.stretch, end = std::min(p.length, begin + p.stretch), pixels = w.out_height * w.out_width;
   const int64_t rows = std::min(to * m.r, m.rows) - from * m.r;
   float* in = inputs.floats(w.channels * p.phases * p.row() + TILE);
-  for (int64_t phase = 0; phase < p.phases; phase++) {
-    pieces_in(w, p, phase, begin, p.row(), pieces);
-    for (int64_t c = 0; c < w.channels; c++) fill(w, pieces, x + c * w.height * w.width, in + (c * p.phases + phase) * p.row());
-  }
+  if (lines.size() < static_cast<size_t>(p.phases)) lines.resize(p.phases);
+  for (int64_t phase = 0; phase < p.phases; phase++) pieces_in(w, p, phase, begin, p.row(), lines[phase]);
+  for (int64_t c = 0; c < w.channels; c++)  // in the order in which they lie
+    for (int64_t phase = 0; phase < p.phases; phase++) fill(w, lines[phase], x + c * w.height * w.width, in + (c * p.phases + phase) * p.row());
   std::memset(in + w.channels * p.phases * p.row(), 0, TILE * 4);
   y += from * m.r * pixels;
   if (plus) plus += from * m.r * pixels;

@@ -8,6 +8,7 @@ void conv(const Matrix& m, const Window& w, const int32_t* offsets, const float*
 int64_t conv_parts(const Window& w);
 int64_t conv_buffer(const Window& w);
 void conv_offsets(const Window& w, int32_t* offsets);
+void pool(const Window& w, const float* x, float* y);     // pool.cpp
 void arrange(const Bits& m, const float* x, float* to);  // decode.cpp
 bool decode(const Bits& m, const float* x, float* y, int64_t from, int64_t to);
 namespace {
@@ -72,6 +73,6 @@ int32_t largest(const uint16_t* index, int64_t n) {
 #define TABLE(isa) JOINED(kernels_, isa)
 extern const Kernels TABLE(SECATEUR_ISA);
 const Kernels TABLE(SECATEUR_ISA) = {SECATEUR_ISA::linear, SECATEUR_ISA::conv, SECATEUR_ISA::conv_parts, SECATEUR_ISA::conv_buffer, SECATEUR_ISA::conv_offsets,
-                                     SECATEUR_ISA::arrange, SECATEUR_ISA::decode, SECATEUR_ISA::largest};
+                                     SECATEUR_ISA::pool, SECATEUR_ISA::arrange, SECATEUR_ISA::decode, SECATEUR_ISA::largest};
 
 }  // namespace secateur

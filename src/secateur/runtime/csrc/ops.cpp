@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -96,10 +97,9 @@ Tensor sparse_linear(Tensor x, Tensor values, Tensor index, Tensor starts, std::
   return y;
 }
 
-Tensor sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, std::optional<Tensor> bias, std::optional<Tensor> plus, int64_t rows, int64_t r,
-                     int64_t set, bool relu, std::vector<int64_t> window, int64_t isa) {
-  check(x, ScalarType::Float, "x");
-  STD_TORCH_CHECK(x.dim() == 4 && window.size() == 8, "secateur: x is (N, C, H, W); the window has kernel, stride, padding and dilation");
+// The window, which is kernel, stride, padding and dilation, over images x (N, C, H, W).
+Window windowed(const Tensor& x, const int64_t* window) {
+  STD_TORCH_CHECK(x.dim() == 4, "secateur: x is (N, C, H, W)");
   Window w{x.size(1), x.size(2), x.size(3), 0, 0, window[0], window[1], window[2], window[3], window[4], window[5], window[6], window[7]};
   constexpr int64_t LARGE = int64_t(1) << 20;  // of any size, so that products of two of them and sums of those can be counted
   for (int i = 0; i < 8; i++) STD_TORCH_CHECK(window[i] < LARGE, "secateur: no such window");
@@ -108,6 +108,13 @@ Tensor sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, std::
   const int64_t high = w.height + 2 * w.pad_h - w.dilation_h * (w.kernel_h - 1) - 1, wide = w.width + 2 * w.pad_w - w.dilation_w * (w.kernel_w - 1) - 1;
   STD_TORCH_CHECK(high >= 0 && wide >= 0, "secateur: the window is larger than the padded image");
   w.out_height = high / w.stride_h + 1, w.out_width = wide / w.stride_w + 1;
+  return w;
+}
+
+Tensor convolved(const Tensor& x, const Tensor& values, const Tensor& index, const Tensor& starts, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& plus, int64_t rows, int64_t r, int64_t set, bool relu, const int64_t* window, int64_t isa) {
+  check(x, ScalarType::Float, "x");
+  const Window w = windowed(x, window);
   int64_t columns;
   STD_TORCH_CHECK(!__builtin_mul_overflow(w.channels, w.kernel_h * w.kernel_w, &columns), "secateur: no such window");
   const Matrix m = matrix(values, index, starts, bias, rows, columns, r, set, relu);
@@ -130,6 +137,52 @@ Tensor sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, std::
     kernels.conv(m, w, offsets.get(), from + item / parts * image, added ? added + at : nullptr, to + at, item % parts, first, last);
   });
   return y;
+}
+
+Tensor sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, std::optional<Tensor> bias, std::optional<Tensor> plus, int64_t rows, int64_t r,
+                     int64_t set, bool relu, std::vector<int64_t> window, int64_t isa) {
+  STD_TORCH_CHECK(window.size() == 8, "secateur: the window has kernel, stride, padding and dilation");
+  return convolved(x, values, index, starts, bias, plus, rows, r, set, relu, window.data(), isa);
+}
+
+Tensor max_pool2d(Tensor x, std::vector<int64_t> window, int64_t isa) {
+  check(x, ScalarType::Float, "x");
+  STD_TORCH_CHECK(window.size() == 8, "secateur: the window has kernel, stride, padding and dilation");
+  const Window w = windowed(x, window.data());
+  STD_TORCH_CHECK(2 * w.pad_h <= w.kernel_h && 2 * w.pad_w <= w.kernel_w, "secateur: the padding is more than half of the window");
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), w.out_height, w.out_width});
+  const float* from = x.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, x.size(0) * x.size(1), 1, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; c++) chosen(isa).pool(w, from + c * w.height * w.width, to + c * w.out_height * w.out_width);
+  });
+  return y;
+}
+
+// What one convolution of a chain is: numbers of values (those given first, then the outputs one after the other; -1: none) and of weights.
+struct Step {
+  int64_t source, plus, values, index, starts, bias, rows, r, set, relu, window[8];
+};
+
+// Convolutions one after the other: where images are small, calling each by itself takes longer than what it computes.
+std::vector<Tensor> sparse_chain(std::vector<Tensor> given, std::vector<Tensor> weights, std::vector<int64_t> steps, std::vector<int64_t> results) {
+  constexpr size_t EACH = sizeof(Step) / sizeof(int64_t);
+  STD_TORCH_CHECK(steps.size() % EACH == 0, "secateur: a step has ", EACH, " numbers");
+  std::vector<Tensor> values = std::move(given);
+  const auto one = [](const std::vector<Tensor>& list, int64_t i) -> const Tensor& {
+    STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(list.size()), "secateur: a step names a tensor that is not there");
+    return list[i];
+  };
+  const auto maybe = [&](const std::vector<Tensor>& list, int64_t i) { return i == -1 ? std::nullopt : std::optional<Tensor>(one(list, i)); };
+  for (size_t at = 0; at < steps.size(); at += EACH) {
+    Step s;
+    std::memcpy(&s, steps.data() + at, sizeof(Step));
+    values.push_back(convolved(one(values, s.source), one(weights, s.values), one(weights, s.index), one(weights, s.starts), maybe(weights, s.bias),
+                               maybe(values, s.plus), s.rows, s.r, s.set, s.relu, s.window, 0));
+  }
+  std::vector<Tensor> found;
+  for (const int64_t i : results) found.push_back(one(values, i));
+  return found;
 }
 
 Tensor sparse_decode(Tensor x, Tensor values, Tensor masks, Tensor starts, std::optional<Tensor> bias, int64_t rows, int64_t columns, int64_t isa) {
@@ -171,14 +224,17 @@ STABLE_TORCH_LIBRARY(secateur, m) {
   m.def("sparse_linear(Tensor x, Tensor values, Tensor index, Tensor starts, Tensor? bias, int rows, int columns, int r, int set, bool relu, int isa=0) "
         "-> Tensor");
   m.def("sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, Tensor? bias, Tensor? plus, int rows, int r, int set, bool relu, int[] window, "
-        "int isa=0) "
-        "-> Tensor");
+        "int isa=0) -> Tensor");
+  m.def("max_pool2d(Tensor x, int[] window, int isa=0) -> Tensor");
+  m.def("sparse_chain(Tensor[] given, Tensor[] weights, int[] steps, int[] results) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(secateur, CPU, m) {
   m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
   m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
   m.impl("sparse_conv2d", TORCH_BOX(&sparse_conv2d));
+  m.impl("max_pool2d", TORCH_BOX(&max_pool2d));
+  m.impl("sparse_chain", TORCH_BOX(&sparse_chain));
 }
 
 }  // namespace

@@ -48,6 +48,7 @@ struct Kernels {
   int64_t (*conv_parts)(const Window&);
   int64_t (*conv_buffer)(const Window&);  // floats of a stretch of all channels, -1 where they are too many to count
   void (*conv_offsets)(const Window&, int32_t* offsets);  // in the buffer, of every column: (channel, kernel_h, kernel_w)
+  void (*pool)(const Window&, const float* x, float* y);  // one channel: the largest of every window
   void (*arrange)(const Bits&, const float* x, float* to);
   bool (*decode)(const Bits&, const float* x, float* y, int64_t from, int64_t to);
   int32_t (*largest)(const uint16_t* index, int64_t n);
