@@ -55,7 +55,7 @@ struct Out {
 };
 
 template <int R, int N, class Where>
-inline void block(const float* x, const float* values, Where where, int64_t n, const Out& c, const float* bias) {
+[[gnu::noinline]] void block(const float* x, const float* values, Where where, int64_t n, const Out& c, const float* bias) {
   Vector sum[R][N];
   for (int r = 0; r < R; r++)
     for (int i = 0; i < N; i++) sum[r][i] = (c.fresh ? Vector{} : Vector(*reinterpret_cast<const Loose*>(c.at + r * c.row + i * WIDTH))) + bias[r];
