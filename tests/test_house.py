@@ -55,8 +55,10 @@ def test_parameters(path):
 MORE_PARAMETERS = {
     "src/secateur/prune.py:prune": "the one call the README promises: every parameter is one choice of a stage",
     "src/secateur/cli.py:prune": "a command line's parameters are its options",
+    "src/secateur/recover/loop.py:recover": "the one call: model, data and how, and what may be beside them",
     "src/secateur/sweep.py:sweep": "what `prune` takes, for several budgets",
     "src/secateur/cli_masks.py:mask": "a command line's parameters are its options",
+    "src/secateur/cli_recover.py:recover": "a command line's parameters are its options",
     "src/secateur/cli_run.py:run": "a command line's parameters are its options",
     "src/secateur/cli.py:sweep": "a command line's parameters are its options",
     "src/secateur/cli.py:measure": "a command line's parameters are its options",

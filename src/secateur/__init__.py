@@ -37,6 +37,10 @@ from secateur.recipes import magnitude as magnitude
 from secateur.recipes import obc as obc
 from secateur.recipes import sparsegpt as sparsegpt
 from secateur.recipes import wanda as wanda
+from secateur.recover import Gradual as Gradual
+from secateur.recover import Schedule as Schedule
+from secateur.recover import Training as Training
+from secateur.recover import recover as recover
 from secateur.sparsify import Sparse as Sparse
 from secateur.sparsify import mask as mask
 from secateur.sparsify import sparsify as sparsify
@@ -55,6 +59,7 @@ __all__ = [
     "Cost",
     "Cut",
     "Free",
+    "Gradual",
     "Graph",
     "Group",
     "Kernels",
@@ -65,8 +70,10 @@ __all__ = [
     "Plan",
     "Proof",
     "Result",
+    "Schedule",
     "SecateurError",
     "Sparse",
+    "Training",
     "alps",
     "cut",
     "errors",
@@ -82,6 +89,7 @@ __all__ = [
     "plan",
     "prove",
     "prune",
+    "recover",
     "runtime",
     "save",
     "score",

@@ -9,6 +9,7 @@
     ├── PlanError       a plan that a graph cannot obey
     │   └── TargetError a budget that cannot be met; the message names the nearest one that can
     ├── CutError        the cut could not be carried out; the model given is unchanged
+    ├── TrainingError   a loss that is not finite; the message names the step and the layer
     ├── ProofError      the cut model does not compute what the masked original computes
     └── FormatError     a saved folder that is damaged, incomplete, altered or not ours
 
@@ -52,6 +53,10 @@ class TargetError(PlanError):
 
 class CutError(SecateurError):
     """The cut could not be carried out. The model that was given is unchanged."""
+
+
+class TrainingError(SecateurError):
+    """The loss or a gradient is not finite. The model is as it was at the last checkpoint."""
 
 
 class ProofError(SecateurError):

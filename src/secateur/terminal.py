@@ -74,6 +74,18 @@ def bar(title: str) -> Iterator[Any]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
+def recovered(to: str, facts: dict[str, Any]) -> None:
+    """What `recover` has to say: the loss of the first and the last epoch, and the accuracy on the test part."""
+    console, rows = out(), facts["history"]
+    if rows:
+        console.print(f"{rows[-1]['step']:.0f} steps in {seconds(rows[-1]['seconds'])}: loss {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}")
+    if facts["accuracy"]:
+        console.print("accuracy: " + ", ".join(f"{name} {percent(value)}" for name, value in facts["accuracy"].items()))
+    for note in facts["notes"]:
+        console.print(f"note: {note}")
+    console.print(f"saved in {to}")
+
+
 # ---------------------------------------------------------------- tables
 def job(done: Job) -> None:
     """Everything `prune` has to say."""

@@ -22,10 +22,14 @@ class Hold:
 
     def gone(self, name: str) -> Tensor:
         """Where a weight is zero, on the device that it is on now."""
-        p = self.parameters[name]
-        if self.masks[name].device != p.device:
-            self.masks[name] = self.masks[name].to(p.device)
-        return ~self.masks[name]
+        p, mask = self.parameters[name], self.masks[name]
+        if mask.device != p.device:
+            mask = self.masks[name] = mask.to(p.device)
+        if hasattr(p, "full_tensor") and not hasattr(mask, "full_tensor"):  # spread over processes (a DTensor)
+            from torch.distributed.tensor import distribute_tensor
+
+            mask = self.masks[name] = distribute_tensor(mask, p.device_mesh, p.placements)  # type: ignore[attr-defined]
+        return ~mask
 
     def again(self) -> None:
         """Make the weights that the plan removed 0 now."""

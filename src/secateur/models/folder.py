@@ -26,6 +26,7 @@ from secateur.models.atomic import GRAPH, MARK, TENSORS, backup, replace_folder,
 from secateur.models.example import describe, rebuild
 from secateur.models.plan_file import with_bits, without_bits
 from secateur.pack import read_archive, write_archive
+from secateur.plan import Plan
 
 if TYPE_CHECKING:
     from secateur.prune import Result
@@ -101,14 +102,51 @@ def save(result: Result, folder: str | Path, packed: bool = True, entropy: bool 
         held = _save_tensors(stored, fresh / TENSORS, names, entropy)
         if form is not None:
             (fresh / GRAPH).write_text(json.dumps(form, separators=(",", ":")))
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(fresh.iterdir())}
-        state = {**stored, **{name: stored[source] for name, source in aliases.items()}}
-        plan = without_bits(result.plan, state, {name for name in state if aliases.get(name, name) in held})
-        (fresh / MARK).write_text(_sealed({"format": PACKED if held else PLAIN, **document, "plan": plan, "files": files}))
-        shutil.copymode(fresh / MARK, fresh / TENSORS)  # safetensors writes for the owner alone
+        _finish(fresh, document, result.plan, (stored, aliases, held))
 
     replace_folder(folder, fill)
     return folder
+
+
+def save_trained(saved: Saved, model: nn.Module, folder: str | Path, facts: Mapping[str, Any]) -> Path:
+    """Write a folder anew with the tensors that `model`, which was loaded from it, has now.
+
+    Args:
+        saved: what `read` gave. facts: JSON values for `plan.json` under "recovered".
+
+    Raises:
+        FormatError: the model has other tensors than the folder, or the disk is full. What was there before is unchanged.
+    """
+    folder, document, aliases = _path(folder), saved.document, saved.document["aliases"]
+    held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    stored: dict[str, Tensor] = {}
+    for name, entry in document["tensors"].items():
+        if name in aliases:
+            continue
+        stored[name] = held[name].detach().cpu().contiguous() if name in held else saved.tensors[name]
+        if list(stored[name].shape) != entry["shape"] or (name not in held and entry["kind"] != "constant"):
+            raise FormatError(f"{name!r} is not in the model as it was in {saved.folder}.\n  Pass the model that was loaded from there.")
+    plan = Plan.from_json(document["plan"])
+
+    def fill(fresh: Path) -> None:
+        packed = document["format"] == PACKED
+        names = _save_tensors(stored, fresh / TENSORS, {aliases.get(n, n) for n in plan.weights} if packed else set(), False)
+        if document["graph"]["carried"]:
+            shutil.copyfile(saved.folder / GRAPH, fresh / GRAPH)
+        _finish(fresh, {**document, "recovered": dict(facts)}, plan, (stored, aliases, names))
+
+    replace_folder(folder, fill)
+    return folder
+
+
+def _finish(fresh: Path, document: Mapping[str, Any], plan: Plan, tensors: tuple[Mapping[str, Tensor], Mapping[str, str], Collection[str]]) -> None:
+    """`plan.json`, last: with the hashes of all other files. `tensors`: those stored, other names of them, which are packed."""
+    stored, aliases, held = tensors
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(fresh.iterdir())}
+    state = {**stored, **{name: stored[source] for name, source in aliases.items()}}
+    bits = without_bits(plan, state, {name for name in state if aliases.get(name, name) in held})
+    (fresh / MARK).write_text(_sealed({**document, "format": PACKED if held else PLAIN, "plan": bits, "files": files}))
+    shutil.copymode(fresh / MARK, fresh / TENSORS)  # safetensors writes for the owner alone
 
 
 def load(folder: str | Path, factory: Callable[[], Any] | None = None) -> nn.Module:

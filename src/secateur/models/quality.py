@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,29 +19,43 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     The model is left as it was. Raises DataError if the batches have no labels, or no rows.
     """
     right = rows = 0
-    where = next((p for p in model.parameters()), torch.empty(0))
     with at_rest(model):
-        for batch in batches:
-            if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-                raise DataError("Accuracy needs labels, and these batches have none.\n  Give (inputs, labels).")
-            inputs, labels = batch
-            if not len(inputs):
-                continue
-            labels = _whole(labels)
-            try:
-                scores = _scores(forward(model, (inputs.to(where.device, where.dtype if inputs.is_floating_point() else None),)))
-            except InputError as error:
-                raise DataError(f"A batch of the data does not fit. {error}") from error
-            if scores.dim() != 2 or len(scores) != len(labels) or int(labels.max()) >= scores.shape[1]:
-                raise DataError(
-                    f"The model gives {tuple(scores.shape)} for {len(labels)} labels up to {int(labels.max())}.\n"
-                    "  Accuracy needs one row of class scores per label: give data that fits, or none with labels."
-                )
-            right += int((scores.argmax(1) == labels.to(scores.device)).sum())
+        for scores, labels in scored(model, batches):
+            right += int((scores.argmax(1) == labels).sum())
             rows += len(labels)
+    return right / rows
+
+
+def scored(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The class scores (rows, classes) and labels (rows,) of every batch of (inputs, labels), both where the scores are.
+
+    The model is run as it stands: go through it inside `with at_rest(model)`.
+
+    Raises:
+        DataError: batches without labels, or that do not fit the model; no rows at all.
+    """
+    rows = 0
+    where = next((p for p in model.parameters()), torch.empty(0))
+    for batch in batches:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise DataError("Accuracy needs labels, and these batches have none.\n  Give (inputs, labels).")
+        inputs, labels = batch
+        if not len(inputs):
+            continue
+        labels = _whole(labels)
+        try:
+            scores = _scores(forward(model, (inputs.to(where.device, where.dtype if inputs.is_floating_point() else None),)))
+        except InputError as error:
+            raise DataError(f"A batch of the data does not fit. {error}") from error
+        if scores.dim() != 2 or len(scores) != len(labels) or int(labels.max()) >= scores.shape[1]:
+            raise DataError(
+                f"The model gives {tuple(scores.shape)} for {len(labels)} labels up to {int(labels.max())}.\n"
+                "  Accuracy needs one row of class scores per label: give data that fits, or none with labels."
+            )
+        rows += len(labels)
+        yield scores, labels.to(scores.device)
     if not rows:
         raise DataError("Accuracy of no rows: the data set is empty.\n  Give at least one batch.")
-    return right / rows
 
 
 def _whole(labels: Any) -> Tensor:

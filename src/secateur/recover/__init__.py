@@ -1,0 +1,21 @@
+"""Training a pruned model back, pruning while a network is trained, and what it learned.
+
+    recover      training by us: distillation, checkpoints, one process or many
+    Schedule     zeros that come, and move, during your own training
+    penalties    sparse training before the cut
+"""
+
+from secateur.recover.callbacks import lightning_callback as lightning_callback
+from secateur.recover.callbacks import trainer_callback as trainer_callback
+from secateur.recover.gradual import Gradual as Gradual
+from secateur.recover.loop import Recovered as Recovered
+from secateur.recover.loop import recover as recover
+from secateur.recover.penalties import Growth as Growth
+from secateur.recover.penalties import bn_l1 as bn_l1
+from secateur.recover.penalties import group_lasso as group_lasso
+from secateur.recover.penalties import growing as growing
+from secateur.recover.rewind import Snapshot as Snapshot
+from secateur.recover.rewind import rewind as rewind
+from secateur.recover.schedule import Schedule as Schedule
+from secateur.recover.soft_threshold import soft_threshold as soft_threshold
+from secateur.recover.training import Training as Training

@@ -1,0 +1,79 @@
+"""What holds zeros, or makes them, in training loops of others: callbacks for the Hugging Face Trainer and for Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import InputError
+
+Start = Callable[[nn.Module, torch.optim.Optimizer, int], Any]
+
+
+def trainer_callback(start: Start) -> Any:
+    """For `transformers.Trainer(callbacks=[...])`.
+
+    Args:
+        start: (model, optimizer, steps) -> what `remove()` ends, called when training begins:
+            `lambda model, optimizer, steps: sc.hold(model, plan, optimizer)`, or `Schedule(model, optimizer, Gradual(...), steps)`.
+
+    Raises:
+        InputError: transformers is not installed.
+    """
+    try:
+        from transformers import TrainerCallback
+    except ImportError as error:
+        raise InputError("trainer_callback needs transformers, which is not installed.\n  pip install transformers accelerate") from error
+
+    class Holding(TrainerCallback):
+        held: Any = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            self.held = start(given["model"], plain(given["optimizer"]), int(state.max_steps))
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            self.held.remove()
+
+    return Holding()
+
+
+def lightning_callback(start: Start) -> Any:
+    """For `lightning.Trainer(callbacks=[...])`; one optimizer. `start`: as in `trainer_callback`.
+
+    Raises:
+        InputError: Lightning is not installed, or there are several optimizers.
+    """
+    Callback = _lightning()
+
+    class Holding(Callback):  # type: ignore[misc,valid-type]
+        held: Any = None
+
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            if len(trainer.optimizers) != 1:
+                raise InputError(f"there are {len(trainer.optimizers)} optimizers, and this callback takes one.\n  Call sc.hold for each yourself.")
+            self.held = start(module, plain(trainer.optimizers[0]), int(trainer.estimated_stepping_batches))
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            self.held.remove()
+
+    return Holding()
+
+
+def _lightning() -> Any:
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            return import_module(name).Callback
+        except ModuleNotFoundError:
+            continue
+    raise InputError("lightning_callback needs Lightning, which is not installed.\n  pip install lightning")
+
+
+def plain(optimizer: Any) -> torch.optim.Optimizer:
+    """torch's own optimizer within what a loop has put around it: hooks of a wrapper are never called."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -1,0 +1,93 @@
+"""One process or many: who this process is, and how gradients meet.
+
+With `torchrun` the work is handed to Accelerate: every process has all weights (DDP), or they are spread over the processes (FSDP2).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import InputError
+
+
+class Engine:
+    """This process alone."""
+
+    rank, world = 0, 1
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """The model to call in training."""
+        return model
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def mean(self, number: float) -> float:
+        """The mean over the processes."""
+        return number
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process."""
+        return here
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+
+
+class Processes(Engine):
+    """The processes that `torchrun` started, through Accelerate.
+
+    Raises:
+        InputError: Accelerate is missing.
+    """
+
+    def __init__(self, shard: bool) -> None:
+        try:
+            from accelerate import Accelerator
+        except ImportError as error:
+            raise InputError("training in several processes needs Accelerate, which is not installed.\n  pip install accelerate") from error
+        self.own: Any = Accelerator(cpu=not torch.cuda.is_available())
+        self.rank, self.world = self.own.process_index, self.own.num_processes
+        self.shard = shard
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        if self.shard:
+            return _sharded(model)
+        model.to(self.own.device)
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) and self.own.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return self.own.prepare_model(model)
+
+    def backward(self, loss: Tensor) -> None:
+        self.own.backward(loss)
+
+    def mean(self, number: float) -> float:
+        return float(self.own.reduce(torch.tensor(number, dtype=torch.float64), "mean"))
+
+    def any(self, here: bool) -> bool:
+        return self.mean(float(here)) > 0
+
+    def wait(self) -> None:
+        self.own.wait_for_everyone()
+
+
+def _sharded(model: nn.Module) -> nn.Module:
+    """The model with its weights spread over the processes, in place: every block of a list of layers by itself, then the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                if any(True for _ in block.parameters()):
+                    fully_shard(block)
+    fully_shard(model)
+    return model
+
+
+def engine(shard: bool = False) -> Engine:
+    """Of the processes that there are: `WORLD_SIZE` says so, as `torchrun` sets it. `shard`: spread the weights over them."""
+    return Processes(shard) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Engine()

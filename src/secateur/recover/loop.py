@@ -1,0 +1,278 @@
+"""Training a pruned model back: its widths and its zeros stay what they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import DataError, TrainingError
+from secateur.masks.hold import hold
+from secateur.models.quality import accuracy
+from secateur.plan import Plan
+from secateur.recover import checkpoint, modes
+from secateur.recover import loss as losses
+from secateur.recover.engine import Engine, engine
+from secateur.recover.order import Order, augmented, mixed, part_of, rows_of
+from secateur.recover.training import Training
+
+Progress = Callable[[int, int, float], None]  # step, steps, loss
+
+
+@dataclass
+class Recovered:
+    """The model that was trained, in place; `history`: one row per epoch (and one for a part of one at the end): epoch, step, lr, loss (the mean of
+    the epoch), seconds and, where there is validation data, valid (accuracy, 0..1)."""
+
+    model: nn.Module
+    history: list[dict[str, float]]
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"history": self.history, "notes": self.notes}
+
+
+def recover(  # noqa: PLR0913  # the one call; every parameter is a choice of its own
+    model: nn.Module, data: Iterable[Any], how: Training | None = None, *, plan: Plan | None = None, teacher: nn.Module | None = None,
+    valid: Iterable[Any] | None = None, folder: str | Path | None = None, loss: losses.Loss | None = None, progress: Progress | None = None,
+) -> Recovered:  # fmt: skip
+    """Train `model` in place.
+
+    Args:
+        data: `Batches` of (inputs, labels), whose rows are put in a new order every epoch; or any iterable of batches that can be gone through
+            many times, in its order. A batch is (inputs, labels), inputs alone (with a teacher), or a dict of keyword arguments.
+        how: the choices; the defaults need no tuning.
+        plan: its zeros stay zero (`hold`).
+        teacher: the dense model, which is not trained.
+        valid: labelled batches that are measured after every epoch, and never trained on.
+        folder: for checkpoints. A run that finds one there goes on from it, and ends as if it had never stopped.
+        loss: (what the model gives, labels or the dict) -> a number, instead of `task_loss`.
+        progress: called after every step with (step, steps, loss).
+
+    Started by `torchrun`, the rows of each batch are shared by the processes; `data` has to be the same in all of them.
+
+    Raises:
+        TrainingError: the loss or a gradient is not finite; the model is as it was at the last checkpoint.
+        DataError: the data fails, or does not fit. What was reached is in `folder`.
+        InputError, FormatError: a checkpoint of another run, or one that cannot be read or written.
+    """
+    run = Run(model, Order(data, (how or Training()).batch, (how or Training()).seed), how or Training(), engine((how or Training()).shard))
+    run.teacher, run.loss, run.valid = teacher, loss, valid
+    return run.through(plan, None if folder is None else Path(folder), progress)
+
+
+class Run:
+    """One training run: the step it is at, and all that changes with it."""
+
+    teacher: nn.Module | None = None
+    loss: losses.Loss | None = None
+    valid: Iterable[Any] | None = None
+
+    def __init__(self, model: nn.Module, order: Order, how: Training, own: Engine):
+        self.model, self.order, self.how, self.engine = model, order, how, own
+        self.steps = max(1, round(how.epochs * order.steps)) if how.epochs else 0
+        self.step, self.history, self.notes = 0, list[dict[str, float]](), list[str]()
+        self.total, self.began, self.spent = 0.0, time.monotonic(), 0.0  # of the epoch: summed losses; of the run: seconds
+        self.good: dict[str, Tensor] = {}
+        self.inner = list[str]()
+
+    def through(self, plan: Plan | None, folder: Path | None, progress: Progress | None) -> Recovered:
+        """All steps that are left."""
+        model, how = self.model, self.how
+        first = next(self.order.epoch(0), None)
+        if first is None:
+            raise DataError("The data is empty.\n  Give at least one batch.")
+        settings = {**how.to_json(), "steps": self.steps, "teacher": self.teacher is not None, "held": len(plan.weights) if plan else 0}
+        found = checkpoint.read(folder, settings) if folder else None
+        if how.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with modes.training(model):
+            self._ready(first, found)
+            held = hold(model, plan, self.optimizer) if plan is not None and plan.weights else None
+            try:
+                self._epochs(settings, folder, progress)
+                self._averaged()
+            finally:
+                if held is not None:
+                    held.remove()
+                self.optimizer.zero_grad(set_to_none=True)
+        return Recovered(model, self.history, self.notes)
+
+    def _ready(self, first: Any, found: Mapping[str, Any] | None) -> None:
+        """The model spread over the processes, an optimizer of its parameters, and the state of a checkpoint."""
+        model, how = self.model, self.how
+        self.called = self.engine.wrapped(model)
+        self.optimizer = how.made(model, self.order.size or rows_of(first))
+        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.shadow = {n: p.detach().clone() for n, p in model.named_parameters()} if how.ema is not None else {}
+        if self.teacher is not None:
+            self._with_teacher(first)
+        if found:
+            self._resumed(found)
+        self.good = checkpoint.state_of(model)
+
+    def _averaged(self) -> None:
+        """The average in the place of the weights."""
+        with torch.no_grad():
+            for name, average in self.shadow.items():
+                self.model.get_parameter(name).copy_(average)
+
+    def _epochs(self, settings: Mapping[str, Any], folder: Path | None, progress: Progress | None) -> None:
+        each, last = self.order.steps, time.monotonic()
+        self.began = time.monotonic()
+        while self.step < self.steps:
+            number, begin = divmod(self.step, each)
+            batches = self.order.epoch(number, begin)
+            for _ in range(min(each - begin, self.steps - self.step)):
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    raise DataError(f"The data ended after {self.step % each} of {each} batches in epoch {number}.\n"
+                                    "  Give data that is the same every time.") from None  # fmt: skip
+                except Exception as error:  # a user's loader may raise anything
+                    self._save(settings, folder)
+                    where = f"in {folder}, from where the same call goes on" if folder else "in the model"
+                    raise DataError(f"The data failed at batch {self.step % each} of epoch {number}: {type(error).__name__}: {error}.\n"
+                                    f"  The {self.step} steps before are {where}.") from error  # fmt: skip
+                value = self._stepped(batch)
+                self.step += 1
+                self.total += value
+                if progress:
+                    progress(self.step, self.steps, value)
+                ended = self.step % each == 0 or self.step == self.steps
+                if ended:
+                    self._measured(number, (self.step - 1) % each + 1)
+                if ended or (folder and self.engine.any(time.monotonic() - last >= self.how.every)):
+                    self._save(settings, folder)
+                    last = time.monotonic()
+
+    # ------------------------------------------------------------------ one step
+    def _stepped(self, batch: Any) -> float:
+        how, world = self.how, self.engine.world
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * how.at(self.step, self.steps)
+        torch.manual_seed(mixed(how.seed, self.step, 1 + self.engine.rank))  # of dropout: the same wherever a run begins again
+        rows = rows_of(batch)
+        own = part_of(batch, self.engine.rank, world) if rows >= world else batch  # of fewer rows than processes all take all
+        share = rows_of(own) * world / rows if rows >= world else 1.0
+        self.optimizer.zero_grad(set_to_none=True)
+        value = self._loss(own) * share
+        self.engine.backward(value)
+        norm = torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None], how.clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        found = self.engine.mean(float(value.detach()))
+        if not (torch.isfinite(norm) and found == found and abs(found) != float("inf")):
+            self._refused(own, found)
+        self.optimizer.step()
+        if how.ema is not None:
+            with torch.no_grad():
+                for name, p in self.model.named_parameters():
+                    self.shadow[name].lerp_(p.detach(), 1 - how.ema)
+        return found
+
+    def _loss(self, batch: Any) -> Tensor:
+        how = self.how
+        place = next(self.model.parameters()).device
+        args, kwargs, labels = _parted(batch, place)
+        if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
+            x = augmented(args[0], how.augment, mixed(how.seed, self.step, 1001 + self.engine.rank))
+            args = (x.to(memory_format=torch.channels_last) if how.channels_last else x,)
+        with torch.autocast(place.type, torch.bfloat16, enabled=how.precision == "bfloat16"), losses.outputs(self.model, self.inner) as ours:
+            output = self.called(*args, **kwargs)
+        own: Tensor | None
+        if self.loss is not None:
+            own = self.loss(output, labels)
+        elif labels is not None and isinstance(labels, Tensor):
+            own = losses.task_loss(output, labels)
+        else:
+            own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if self.teacher is None:
+            if own is None:
+                raise DataError("These batches have no labels, and there is no teacher.\n  Give (inputs, labels), loss=, or teacher=.")
+            return own
+        autocast = torch.autocast(place.type, torch.bfloat16, enabled=how.precision == "bfloat16")
+        with torch.no_grad(), autocast, losses.outputs(self.teacher, self.inner) as theirs:
+            wanted = losses.logits(self.teacher(*args, **kwargs))
+        distilled = losses.distance(losses.logits(output), wanted, how.temperature)
+        value = distilled if own is None else how.distil * distilled + (1 - how.distil) * own
+        return value + how.features * losses.apart(ours, theirs) if self.inner else value
+
+    def _refused(self, batch: Any, value: float) -> None:
+        """The layer that first gives what is not finite, and the state of before."""
+        args, kwargs, _ = _parted(batch, next(self.model.parameters()).device)
+        names = [n for n, m in self.model.named_modules() if n and not any(True for _ in m.children())]
+        with torch.no_grad(), losses.outputs(self.model, names) as held:
+            self.model(*args, **kwargs)
+        layer = next((n for n, t in held.items() if not bool(torch.isfinite(t).all())), None)
+        said = f"layer {layer!r} gives numbers that are not finite" if layer else "the outputs are finite, the loss or its gradient is not"
+        checkpoint.put(self.model, self.good)
+        raise TrainingError(f"At step {self.step} of {self.steps} the loss is {value:g}: {said}.\n"
+                            "  The model is as it was at the last checkpoint. Lower lr, or look at the data of that step.")  # fmt: skip
+
+    # ------------------------------------------------------------------ around the steps
+    def _with_teacher(self, batch: Any) -> None:
+        assert self.teacher is not None
+        place = next(self.model.parameters()).device
+        self.teacher.to(place).eval()
+        args, kwargs, _ = _parted(part_of(batch, 0, rows_of(batch)), place)  # one row
+        if self.how.features:
+            with modes.training(self.model, on=False):
+                self.inner = losses.matched(self.model, self.teacher, lambda m: m(*args, **kwargs))
+            if not self.inner:
+                self.notes.append("features: no block of the teacher gives outputs of the same shape")
+
+    def _measured(self, number: int, count: int) -> None:
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        row = {"epoch": float(number + 1), "step": float(self.step), "lr": rate, "loss": self.total / max(1, count), "seconds": self._seconds()}
+        if self.valid is not None:
+            kept = {n: self.model.get_parameter(n).detach().clone() for n in self.shadow}
+            self._averaged()
+            with modes.training(self.model, on=False):
+                row["valid"] = accuracy(self.model, self.valid)
+            with torch.no_grad():
+                for name, weights in kept.items():
+                    self.model.get_parameter(name).copy_(weights)
+        self.history.append(row)
+        self.total = 0.0
+
+    def _save(self, settings: Mapping[str, Any], folder: Path | None) -> None:
+        self.good = checkpoint.state_of(self.model)
+        if folder is None:
+            return
+        shadow = {n: checkpoint.full(t) for n, t in self.shadow.items()}
+        held = {"settings": checkpoint.text(settings), "step": self.step, "total": self.total, "history": self.history, "seconds": self._seconds(),
+                "model": self.good, "optimizer": checkpoint.optimizer_state(self.model, self.optimizer), "shadow": shadow}  # fmt: skip
+        if self.engine.rank == 0:
+            checkpoint.write(folder, held)
+        self.engine.wait()
+
+    def _seconds(self) -> float:
+        return self.spent + time.monotonic() - self.began
+
+    def _resumed(self, found: Mapping[str, Any]) -> None:
+        checkpoint.put(self.model, found["model"])
+        checkpoint.put_optimizer(self.model, self.optimizer, found["optimizer"])
+        for name, tensor in self.shadow.items():
+            tensor.copy_(checkpoint.spread(found["shadow"][name], tensor))
+        self.step, self.total, self.history, self.spent = found["step"], found["total"], list(found["history"]), found["seconds"]
+
+
+def _parted(batch: Any, place: torch.device) -> tuple[tuple, dict[str, Any], Any]:
+    """(args, kwargs, labels) of a batch; the labels of a dict are the dict."""
+
+    def there(value: Any) -> Any:
+        return value.to(place) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        kwargs = {k: there(v) for k, v in batch.items()}
+        return (), kwargs, kwargs
+    if isinstance(batch, (tuple, list)):
+        if len(batch) != 2:
+            raise DataError(f"A batch of the data has {len(batch)} parts.\n  Give (inputs, labels), inputs alone, or a dict.")
+        return (there(batch[0]),), {}, there(batch[1])
+    return (there(batch),), {}, None

@@ -1,0 +1,93 @@
+"""What is made small: the task's own loss, and the distance to a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.errors import DataError
+
+Loss = Callable[[Any, Any], Tensor]  # (what the model gives, the labels or the whole batch) -> a number
+IGNORED = -100  # a label that does not count, as Hugging Face has it
+
+
+def logits(output: Any) -> Tensor:
+    """The scores in whatever a model returns: a tensor, `logits`, `out`, or the first of a tuple."""
+    for name in ("logits", "out"):
+        if isinstance(output, Mapping) and name in output:
+            return output[name]
+        if not isinstance(output, (Tensor, tuple, list)) and hasattr(output, name):
+            return getattr(output, name)
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def task_loss(output: Any, labels: Tensor) -> Tensor:
+    """Cross-entropy of class numbers (over the last dimension of sequences, over the second of images), squared error of numbers.
+
+    Raises:
+        DataError: labels that do not fit the output.
+    """
+    scores = logits(output)
+    if labels.is_floating_point():
+        if labels.shape != scores.shape:
+            raise DataError(f"The model gives {tuple(scores.shape)} and the labels are numbers of {tuple(labels.shape)}.\n"
+                            "  Give one for each output, or pass loss=.")  # fmt: skip
+        return F.mse_loss(scores, labels)
+    if scores.dim() == labels.dim() + 1 and scores.shape[:-1] == labels.shape:
+        return F.cross_entropy(scores.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
+    if scores.dim() == labels.dim() + 1 and (len(scores), *scores.shape[2:]) == tuple(labels.shape):
+        return F.cross_entropy(scores.float(), labels, ignore_index=IGNORED)
+    raise DataError(f"The model gives {tuple(scores.shape)} and the labels are class numbers of {tuple(labels.shape)}.\n"
+                    "  Give one class number for each row of scores, or pass loss=.")  # fmt: skip
+
+
+def distance(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) of outputs divided by the temperature T, summed over classes and averaged over the rest (Hinton et al. 2015,
+    "Distilling the Knowledge in a Neural Network"); classes are the second dimension of images, else the last."""
+    dim = 1 if student.dim() == 4 else -1
+    s, t = F.log_softmax(student.float() / temperature, dim), F.log_softmax(teacher.float() / temperature, dim)
+    return temperature**2 * F.kl_div(s, t, reduction="none", log_target=True).sum(dim).mean()
+
+
+def apart(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+    """The mean over inner outputs of their squared distance, relative to the teacher's (Romero et al. 2015, "FitNets")."""
+    found = [((s - t).float().square().sum() / t.float().square().sum().clamp_min(1e-12)) for s, t in ((student[n], teacher[n]) for n in teacher)]
+    return torch.stack(found).mean()
+
+
+def matched(student: nn.Module, teacher: nn.Module, call: Callable[[nn.Module], Any]) -> list[str]:
+    """The blocks of a layer list (`blocks.3`, `layer2.0`) whose outputs have the same shape in both: one number at the end of the name."""
+    shapes = []
+    for model in (student, teacher):
+        names = [n for n, m in model.named_modules() if n.rpartition(".")[2].isdigit() and any(True for _ in m.parameters())]
+        with torch.no_grad(), outputs(model, names) as held:
+            call(model)
+        shapes.append({n: t.shape for n, t in held.items()})
+    return [n for n, shape in shapes[0].items() if shapes[1].get(n) == shape]
+
+
+@contextmanager
+def outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """What these modules give while the model runs."""
+    held: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, (tuple, list)) else output
+            if isinstance(value, Tensor) and value.is_floating_point():
+                held[name] = value
+
+        return hook
+
+    handles = [modules[n].register_forward_hook(keep(n)) for n in names]
+    try:
+        yield held
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,97 @@
+"""The batches of every step: the same for the same seed, wherever a run begins again and however many processes share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from secateur.errors import DataError
+from secateur.models.data import Batches
+
+
+class Order:
+    """Batches of an epoch, counted. Rows of tensors are drawn in a new order every epoch; a loader is gone through as it is, with torch's random
+    numbers set by the epoch, so that one which shuffles does so in the same way."""
+
+    def __init__(self, data: Iterable[Any], batch: int | None, seed: int):
+        self.data, self.seed = data, seed
+        whole = isinstance(data, Batches)
+        self.size = batch or (data.size if whole else None)  # type: ignore[attr-defined]
+        if not whole and batch is not None:
+            raise DataError(f"batch={batch}, and the data is a {type(data).__name__} with batches of its own.\n  Set the size there.")
+        self.rows = len(data.inputs) if whole else None  # type: ignore[attr-defined]
+        self.steps = -(-self.rows // self.size) if whole else _length(data)  # type: ignore[operator]
+        if not self.steps:
+            raise DataError("The data is empty.\n  Give at least one batch.")
+
+    def epoch(self, number: int, begin: int = 0) -> Iterator[Any]:
+        """The batches of an epoch from `begin` on."""
+        if isinstance(self.data, Batches):
+            inputs, labels, size = self.data.inputs, self.data.labels, self.size or 1
+            order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(mixed(self.seed, number, 0)))
+            for at in range(begin, self.steps):
+                rows = order[at * size : (at + 1) * size]
+                yield inputs[rows] if labels is None else (inputs[rows], labels[rows])
+            return
+        torch.manual_seed(mixed(self.seed, number, 0))
+        for at, batch in enumerate(self.data):
+            if at >= begin:
+                yield batch
+
+
+def mixed(seed: int, step: int, which: int) -> int:
+    """A seed of its own for a step of a process (splitmix64)."""
+    z = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + which * 0x94D049BB133111EB + 1) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    return (z ^ (z >> 27)) % 2**63
+
+
+def _length(data: Iterable[Any]) -> int:
+    if isinstance(data, Iterator):
+        raise DataError(f"The data is a {type(data).__name__}, which can be gone through only once.\n  Pass a list, a DataLoader or Batches.")
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return sum(1 for _ in data)
+
+
+def rows_of(batch: Any) -> int:
+    """Rows of a batch: the length of its first tensor.
+
+    Raises:
+        DataError: there is none.
+    """
+    first = next((t for t in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch) if isinstance(t, Tensor) and t.dim()), None)
+    if first is None:
+        raise DataError(f"A batch of the data is a {type(batch).__name__} without tensors.\n  Give (inputs, labels), inputs, or a dict of tensors.")
+    return len(first)
+
+
+def part_of(batch: Any, rank: int, world: int) -> Any:
+    """The rows of one process of `world`; processes may have one row more or less."""
+    if world == 1:
+        return batch
+    n = rows_of(batch)
+    begin, end = rank * n // world, (rank + 1) * n // world
+    return tree_map_only(Tensor, lambda t: t[begin:end] if t.dim() and len(t) == n else t, dict(batch) if isinstance(batch, Mapping) else batch)
+
+
+def augmented(x: Tensor, how: str, seed: int) -> Tensor:
+    """Images (N, C, H, W), each flipped left and right or not, and moved by up to an eighth of their size, with zeros behind."""
+    if how == "none" or x.dim() != 4:
+        return x
+    g = torch.Generator().manual_seed(seed)
+    flip = torch.rand(len(x), generator=g) < 0.5
+    x = torch.where(flip.view(-1, 1, 1, 1).to(x.device), x.flip(-1), x)
+    if how == "flip":
+        return x
+    high, wide = (max(1, n // 8) for n in x.shape[-2:])
+    padded = torch.nn.functional.pad(x, (wide, wide, high, high))
+    down, right = (torch.randint(0, 2 * n + 1, (len(x), 1), generator=g) for n in (high, wide))
+    rows, columns = (down + torch.arange(x.shape[-2]))[:, None, :, None], (right + torch.arange(x.shape[-1]))[:, None, None, :]
+    images, channels = torch.arange(len(x))[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None]
+    return padded[images, channels, rows, columns]

@@ -1,0 +1,131 @@
+"""How a pruned model is trained back: choices that need no tuning, and what they become for a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import InputError
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+SGD, ADAMW = "sgd", "adamw"
+RATE = {SGD: 0.02, ADAMW: 3e-4}  # of a batch of 128: a fifth of what such networks are trained with from the start
+DECAY = {SGD: 5e-4, ADAMW: 0.01}
+ROWS = 128
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train.
+
+    Attributes:
+        epochs: passes over the data; fractions count.
+        batch: rows of a step, of all processes together; as the data has them where it is None.
+        lr: the highest learning rate; None: 0.02 with SGD and 3e-4 with AdamW, times batch / 128.
+        optimizer: "sgd" (Nesterov, momentum 0.9) or "adamw"; "auto": SGD for a model with batch norms, else AdamW.
+        weight_decay: None: 5e-4 with SGD, 0.01 with AdamW; never on norms and biases.
+        warmup: share of the steps in which the rate rises; then it falls as a cosine, to 0 (Loshchilov & Hutter 2017).
+        train: "all", or "norms": norms and biases alone (Zimmer et al. 2023).
+        distil: share of the loss that comes from the teacher, where there is one (Hinton et al. 2015).
+        temperature: that its outputs are divided by.
+        features: weight of the squared distance between inner outputs of the same name and shape (Romero et al. 2015).
+        ema: decay of a moving average of the weights, which is then what comes back; None: no average.
+        precision: "float32" or "bfloat16" (autocast; weights stay float32).
+        channels_last: the layout of images while training.
+        clip: largest norm of the gradient.
+        augment: "none", "flip" (left and right) or "flip_crop" (and moved by up to an eighth), for images.
+        seed: of the order of the rows, of augmentation and of dropout.
+        shard: spread the weights over the processes (FSDP2) instead of a copy in each (DDP).
+        every: seconds between checkpoints, at most; there is one after every epoch too.
+    """
+
+    epochs: float = 10.0
+    batch: int | None = None
+    lr: float | None = None
+    optimizer: str = "auto"
+    weight_decay: float | None = None
+    warmup: float = 0.05
+    train: str = "all"
+    distil: float = 0.9
+    temperature: float = 4.0
+    features: float = 0.0
+    ema: float | None = None
+    precision: str = "float32"
+    channels_last: bool = False
+    clip: float = 5.0
+    augment: str = "none"
+    seed: int = 0
+    shard: bool = False
+    every: float = 120.0
+
+    def __post_init__(self) -> None:
+        words = {"optimizer": ("auto", SGD, ADAMW), "train": ("all", "norms"), "precision": ("float32", "bfloat16"),
+                 "augment": ("none", "flip", "flip_crop")}  # fmt: skip
+        for name, known in words.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{name}={getattr(self, name)!r}: there are {', '.join(known)}.\n  Choose one of them.")
+        ranges = {"epochs": (0, math.inf), "warmup": (0, 1), "distil": (0, 1), "temperature": (1e-6, math.inf), "features": (0, math.inf),
+                  "clip": (1e-12, math.inf), "every": (0, math.inf)}  # fmt: skip
+        for name, (least, most) in ranges.items():
+            if not least <= getattr(self, name) <= most or not math.isfinite(getattr(self, name)):
+                raise InputError(f"{name}={getattr(self, name)} is outside {least:g} to {most:g}.\n  Give a number in between.")
+        for name in ("lr", "ema", "weight_decay", "batch"):
+            value = getattr(self, name)
+            if value is not None and (value < 0 or not math.isfinite(value) or (name == "ema" and value >= 1) or (name == "batch" and value < 1)):
+                raise InputError(f"{name}={value}: {'a decay below 1' if name == 'ema' else 'a positive number'} is asked.\n  Or leave it out.")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def kind(self, model: nn.Module) -> str:
+        """ "sgd" or "adamw"."""
+        if self.optimizer != "auto":
+            return self.optimizer
+        return SGD if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else ADAMW
+
+    def rate(self, model: nn.Module, rows: int) -> float:
+        """The highest learning rate for batches of so many rows."""
+        return self.lr if self.lr is not None else RATE[self.kind(model)] * rows / ROWS
+
+    def at(self, step: int, steps: int) -> float:
+        """What the highest rate is multiplied with at a step, 0 to 1."""
+        rising = self.warmup * steps
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
+
+    def made(self, model: nn.Module, rows: int) -> torch.optim.Optimizer:
+        """The optimizer of the parameters that are trained.
+
+        Raises:
+            InputError: there are none.
+        """
+        decayed, plain = list[nn.Parameter](), list[nn.Parameter]()
+        for parameter, inner in _trained(model, self.train):
+            (decayed if inner else plain).append(parameter)
+        if not decayed and not plain:
+            raise InputError(f"train={self.train!r}: the model has no such parameter that takes a gradient.\n  Train all, or unfreeze some.")
+        kind, rate = self.kind(model), self.rate(model, rows)
+        decay = DECAY[kind] if self.weight_decay is None else self.weight_decay
+        groups = [{"params": held, "weight_decay": d} for held, d in ((decayed, decay), (plain, 0.0)) if held]
+        if kind == SGD:
+            return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+        return torch.optim.AdamW(groups, lr=rate)
+
+
+def _trained(model: nn.Module, which: str) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Every parameter that is trained, once, and whether its size is worth a decay: it is a matrix, not of a norm and no bias."""
+    seen = set[int]()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad or id(parameter) in seen:
+                continue
+            small = isinstance(module, NORMS) or name == "bias" or parameter.dim() < 2
+            if which == "all" or small:
+                seen.add(id(parameter))
+                yield parameter, not small

@@ -1,0 +1,95 @@
+"""Zeros stay zero in the loops of others."""
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.models.hf import import_transformers
+from secateur.models.vision import import_torchvision
+from secateur.recover import Gradual, Schedule, trainer_callback
+from secateur.recover.callbacks import lightning_callback, plain
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 1)
+
+    def forward(self, x, labels=None):
+        y = self.b(torch.relu(self.a(x)))
+        return {"loss": (y - labels).square().mean(), "logits": y} if labels is not None else y
+
+
+def rows(n=64):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 8, generator=g)
+    return [{"x": a, "labels": a[:1]} for a in x]
+
+
+def trained(callback, model, folder, epochs=3):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    transformers = import_transformers()
+    options = transformers.TrainingArguments(str(folder), num_train_epochs=epochs, report_to=[], use_cpu=True, save_strategy="no", weight_decay=0.1,
+                                             disable_tqdm=True, learning_rate=0.01)  # fmt: skip
+    transformers.Trainer(model, options, train_dataset=rows(), callbacks=[callback]).train()
+
+
+def test_a_hugging_face_trainer_keeps_the_zeros(tmp_path):
+    torch.manual_seed(0)
+    result = sc.sparsify(Net().eval(), (torch.randn(2, 8),), sc.Sparse(keep="30%", by="magnitude", refit=False))
+    before = result.model.a.weight.detach().clone()
+    trained(trainer_callback(lambda model, optimizer, steps: sc.hold(model, result.plan, optimizer)), result.model, tmp_path)
+    for name, stays in result.plan.weights.items():
+        assert not result.model.get_parameter(name)[~stays].any() and not stays.all()
+    assert not torch.equal(result.model.a.weight, before)
+
+
+def test_a_hugging_face_trainer_follows_a_schedule(tmp_path):
+    torch.manual_seed(0)
+    net, made = Net(), []
+
+    def start(model, optimizer, steps):
+        assert steps == 24  # 64 rows in batches of 8, three times
+        made.append(Schedule(model, optimizer, Gradual(keep="25%", budget="uniform"), steps))
+        return made[0]
+
+    trained(trainer_callback(start), net, tmp_path)
+    assert made[0].step == 24 and made[0].sparsity == pytest.approx(0.75, abs=0.02)
+    assert float((net.a.weight == 0).float().mean()) == pytest.approx(0.75, abs=0.02)
+
+
+def test_lightning_keeps_the_zeros(tmp_path):
+    pytest.importorskip("torchvision")
+    import_torchvision()  # its operators are declared first, which Lightning's parts import
+    module = pytest.importorskip("lightning.pytorch")
+
+    class Wrapped(module.LightningModule):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch, number):
+            return self.net(batch["x"], batch["labels"])["loss"]
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    torch.manual_seed(0)
+    result = sc.sparsify(Net().eval(), (torch.randn(2, 8),), sc.Sparse(keep="30%", by="magnitude", refit=False))
+    callback = lightning_callback(lambda wrapped, optimizer, steps: sc.hold(wrapped.net, result.plan, optimizer))
+    trainer = module.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                             enable_model_summary=False, callbacks=[callback], default_root_dir=str(tmp_path))  # fmt: skip
+    trainer.fit(Wrapped(result.model), torch.utils.data.DataLoader(rows(), 8))
+    for name, stays in result.plan.weights.items():
+        assert not result.model.get_parameter(name)[~stays].any()
+
+
+def test_wrapped_optimizers_are_unwrapped():
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    own = torch.optim.SGD(Net().parameters(), lr=0.1)
+    assert plain(Wrapper(Wrapper(own))) is own and plain(own) is own

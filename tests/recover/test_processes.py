@@ -1,0 +1,36 @@
+"""The same training in one process and in two, and from two to one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("worker.py")
+ROOT = WORKER.parents[2]
+
+
+def run(processes, kind, folder, out, steps=-1):
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else [sys.executable]
+    line = [*start, str(WORKER), kind, str(folder), str(out), "3", str(steps)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["copies", "shard"])
+def test_two_processes_train_as_one(kind, tmp_path):
+    pytest.importorskip("accelerate")
+    run(1, kind, tmp_path / "a", tmp_path / "one.pt")
+    run(2, kind, tmp_path / "b", tmp_path / "two.pt")
+    run(2, kind, tmp_path / "c", tmp_path / "none.pt", steps=7)  # stopped there
+    assert not (tmp_path / "none.pt").exists()
+    run(1, kind, tmp_path / "c", tmp_path / "rest.pt")
+    one, two, rest = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two", "rest"))
+    for other in (two, rest):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert all(torch.equal(mask, one["plan"][name]) for name, mask in other["plan"].items())
+        assert not any(other["state"][name][~mask].any() for name, mask in one["plan"].items())
+        for name, tensor in one["state"].items():
+            torch.testing.assert_close(other["state"][name], tensor, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,272 @@
+"""Training back: zeros stay, runs go on as if never stopped, what is not finite is caught, teachers teach."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import secateur as sc
+from secateur.errors import DataError, FormatError, InputError, TrainingError
+from secateur.models.data import Batches
+from secateur.recover import Training, recover
+from secateur.recover import loss as losses
+from secateur.recover.checkpoint import FILE
+from secateur.recover.order import Order, augmented, part_of
+
+
+class Net(nn.Module):
+    def __init__(self, dropout=0.2):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.layers = nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 4)])
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x))).mean((2, 3))
+        return self.layers[1](self.drop(torch.relu(self.layers[0](x))))
+
+
+def rows(n=90, size=32, seed=0):
+    """Four classes of noisy stripes."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (n,), generator=g)
+    waves = torch.stack([torch.sin(torch.arange(8) * (k + 1) * 0.7) for k in range(4)])
+    return Batches(waves[labels][:, None, None, :] + 0.3 * torch.randn(n, 1, 8, 8, generator=g), labels, size)
+
+
+def net(seed=0, **options):
+    torch.manual_seed(seed)
+    return Net(**options)
+
+
+def masked(model, x):
+    return sc.sparsify(model.eval(), (x,), sc.Sparse(keep="30%", by="magnitude", refit=False))
+
+
+HOWS = {
+    "sgd": Training(epochs=3, lr=0.05), "adamw": Training(epochs=3, optimizer="adamw", lr=0.01), "average": Training(epochs=3, ema=0.9),
+    "bfloat16": Training(epochs=2, precision="bfloat16", lr=0.05), "moved": Training(epochs=2, augment="flip_crop", channels_last=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOWS)
+def test_it_learns_and_its_zeros_stay(name):
+    result = masked(net(), rows().inputs[:2])
+    gone = {n: ~m for n, m in result.plan.weights.items()}
+    before = copy.deepcopy(result.model.state_dict())
+    done = recover(result.model, rows(), HOWS[name], plan=result.plan, valid=rows(40, seed=1))
+    losses_seen = [row["loss"] for row in done.history]
+    assert losses_seen[-1] < losses_seen[0] and len(losses_seen) == HOWS[name].epochs
+    assert all(0 <= row["valid"] <= 1 for row in done.history)
+    state = dict(done.model.named_parameters())
+    assert any(bool(m.any()) for m in gone.values())
+    for n, m in gone.items():
+        assert not state[n][m].any() and not torch.equal(state[n], before[n])
+    assert not done.model.training  # as it was given
+
+
+def interrupted(model, how, folder, at, **more):
+    """Stopped by an error of the data after `at` batches, again and again until it is through."""
+
+    class Failing(nn.Module):
+        pass
+
+    class Loader:
+        def __init__(self):
+            self.left = at
+
+        def __len__(self):
+            return len(rows())
+
+        def __iter__(self):
+            for batch in rows():
+                self.left -= 1
+                if self.left < 0:
+                    raise OSError("the disk is gone")
+                yield batch
+
+    for _ in range(100):
+        try:
+            return recover(copy.deepcopy(model), Loader(), how, folder=folder, **more)
+        except DataError as error:
+            assert "the disk is gone" in str(error) and str(folder) in str(error)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("how", [Training(epochs=2.5), Training(epochs=2, ema=0.8, optimizer="adamw", lr=0.01)])
+def test_a_run_that_is_stopped_again_and_again_is_the_same_to_the_bit(how, tmp_path):
+    whole = recover(net(), list(rows()), how)
+    parts = interrupted(net(), how, tmp_path / "run", at=4)
+    for (name, a), b in zip(whole.model.state_dict().items(), parts.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert [{k: r[k] for k in ("epoch", "step", "lr", "loss")} for r in whole.history] == [
+        {k: r[k] for k in ("epoch", "step", "lr", "loss")} for r in parts.history
+    ]
+
+
+def test_a_run_that_is_through_is_not_begun_again(tmp_path):
+    how = Training(epochs=1)
+    first = recover(net(), rows(), how, folder=tmp_path)
+    seen = []
+    again = recover(net(1), rows(), how, folder=tmp_path, progress=lambda *a: seen.append(a))
+    assert not seen and all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path):
+    recover(net(), rows(), Training(epochs=1), folder=tmp_path)
+    with pytest.raises(InputError, match="epochs was 1"):
+        recover(net(), rows(), Training(epochs=2), folder=tmp_path)
+    wide = net()
+    wide.layers = nn.ModuleList([nn.Linear(8, 17), nn.Linear(17, 4)])
+    with pytest.raises(FormatError, match="another model"):
+        recover(wide, rows(), Training(epochs=1), folder=tmp_path)
+    path = tmp_path / FILE
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(FormatError, match="cannot be read"):
+        recover(net(), rows(), Training(epochs=1), folder=tmp_path)
+
+
+class Bomb(nn.Module):
+    """Infinite from the third call in training on."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        return x * float("inf") if self.calls > 4 else x
+
+
+def test_what_is_not_finite_is_named_and_the_last_good_state_comes_back():
+    model = net(dropout=0.0)
+    model.drop = Bomb()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TrainingError, match=r"(?s)step 4 of .*layer 'drop'"):
+        recover(model, rows(), Training(epochs=5))
+    state = model.state_dict()
+    assert all(bool(torch.isfinite(t).all()) for t in state.values())
+    assert not torch.equal(state["conv.weight"], before["conv.weight"])  # of the first epoch's end: three steps in
+    assert model.drop.calls > 4
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights():
+    def loss(output, labels):
+        return F.cross_entropy(output, labels) + (output - output.detach()).sqrt().sum()  # its derivative is infinite at 0
+
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TrainingError, match="gradient"):
+        recover(model, rows(), Training(epochs=1), loss=loss)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_teacher_alone_teaches():
+    teacher = recover(net(), rows(400), Training(epochs=12, lr=0.1)).model.eval()
+    weights = copy.deepcopy(teacher.state_dict())
+    student = net(3)
+    x = rows(400, seed=5).inputs
+
+    def apart(model):
+        model.eval()
+        with torch.no_grad():
+            return float(losses.distance(model(x), teacher(x), 4.0))
+
+    before = apart(student)
+    recover(student, Batches(x, None, 32), Training(epochs=8, lr=0.1), teacher=teacher)
+    assert apart(student) < 0.3 * before
+    assert all(torch.equal(a, weights[n]) for n, a in teacher.state_dict().items())
+    with pytest.raises(DataError, match="no teacher"):
+        recover(net(), Batches(x, None, 32), Training(epochs=1))
+
+
+def test_inner_outputs_are_matched_by_name_and_shape():
+    teacher, student = net(), net(1)
+    student.layers[0], student.layers[1] = nn.Linear(8, 16), nn.Linear(16, 4)
+    x = rows().inputs[:1]
+    assert losses.matched(student, teacher, lambda m: m(x)) == ["layers.0", "layers.1"]
+    student.layers[0], student.layers[1] = nn.Linear(8, 12), nn.Linear(12, 4)
+    assert losses.matched(student.eval(), teacher.eval(), lambda m: m(x)) == ["layers.1"]
+    done = recover(student, rows(), Training(epochs=1, features=1.0), teacher=teacher)
+    assert done.notes == [] and math.isfinite(done.history[0]["loss"])
+
+
+def test_the_distance_to_a_teacher_is_its_formula():
+    torch.manual_seed(0)
+    s, t = torch.randn(5, 7), torch.randn(5, 7)
+    total = 0.0
+    for row in range(5):
+        p = [math.exp(v / 3) for v in t[row].tolist()]
+        q = [math.exp(v / 3) for v in s[row].tolist()]
+        total += sum(a / sum(p) * math.log(a / sum(p) / (b / sum(q))) for a, b in zip(p, q, strict=True))
+    assert float(losses.distance(s, t, 3.0)) == pytest.approx(9 * total / 5, rel=1e-5)
+    assert float(losses.distance(t, t, 3.0)) == pytest.approx(0, abs=1e-6)
+
+
+def test_norms_and_biases_alone():
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    recover(model, rows(), Training(epochs=1, train="norms", lr=0.1))
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    moved.discard("conv.bias")  # the norm behind it takes its effect away
+    assert moved == {"norm.weight", "norm.bias", "layers.0.bias", "layers.1.bias"}
+
+
+BAD = [{"epochs": -1}, {"optimizer": "adagrad"}, {"ema": 1.0}, {"lr": float("nan")}, {"batch": 0}, {"distil": 2}, {"clip": 0}]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_choices_that_cannot_be_meant_are_refused(bad):
+    with pytest.raises(InputError, match=next(iter(bad))):
+        Training(**bad)
+
+
+def test_data_that_does_not_fit_is_refused():
+    wrong = {
+        "empty": [], "an iterator": iter(rows()), "three parts": [(torch.randn(2, 1, 8, 8), torch.zeros(2).long(), 1)],
+        "too many labels": [(torch.randn(2, 1, 8, 8), torch.zeros(3).long())], "no tensors": [("a", "b")],
+    }  # fmt: skip
+    for data in wrong.values():
+        with pytest.raises(DataError):
+            recover(net(), data, Training(epochs=1))
+    with pytest.raises(DataError, match="batch"):
+        recover(net(), list(rows()), Training(epochs=1, batch=8))
+
+
+def test_the_rate_rises_and_falls():
+    how = Training(warmup=0.1)
+    rates = [how.at(i, 100) for i in range(100)]
+    assert rates[0] < rates[5] < rates[10] == pytest.approx(1.0) and rates[-1] < 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert Training().rate(net(), 256) == pytest.approx(0.04) and Training(lr=0.3).rate(net(), 256) == 0.3
+    assert Training().kind(nn.Linear(2, 2)) == "adamw"
+
+
+def test_every_row_comes_once_in_an_epoch_in_an_order_of_its_own():
+    data = rows(50, 8)
+    orders = []
+    for epoch in range(3):
+        xs = torch.cat([x for x, _ in Order(data, None, 3).epoch(epoch)])
+        assert torch.equal(xs.flatten(1).sort(0).values, data.inputs.flatten(1).sort(0).values)
+        orders.append(xs)
+        tail = torch.cat([x for x, _ in Order(data, None, 3).epoch(epoch, 2)])
+        assert torch.equal(tail, xs[16:])
+    assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[1], orders[2])
+    parts = [part_of(next(Order(data, None, 3).epoch(0)), r, 3)[0] for r in range(3)]
+    assert torch.equal(torch.cat(parts), orders[0][:8]) and {len(p) for p in parts} == {2, 3}
+
+
+def test_augmented_images_are_moved_ones():
+    torch.manual_seed(0)
+    x = torch.rand(40, 2, 8, 8) + 1
+    flipped = augmented(x, "flip", 1)
+    same, turned = ((flipped == v).flatten(1).all(1) for v in (x, x.flip(-1)))
+    assert bool((same | turned).all()) and 5 < int(same.sum()) < 35
+    moved, padded = augmented(x, "flip_crop", 1), F.pad(x, (1, 1, 1, 1))
+    for i in range(40):
+        options = [p[:, a : a + 8, b : b + 8] for p in (padded[i], padded[i].flip(-1)) for a in range(3) for b in range(3)]
+        assert any(torch.equal(moved[i], o) for o in options)
+    assert torch.equal(augmented(x, "flip_crop", 1), moved) and torch.equal(augmented(x, "none", 1), x)
