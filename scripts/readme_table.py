@@ -34,20 +34,12 @@ def coverage(data: dict[str, Any]) -> Rows:
             )
 
 
-def resnet56(data: dict[str, Any]) -> Rows:
-    """benchmarks/results/resnet56.json: accuracy at half of the MACs without training."""
-    def best(tool: str) -> str:
-        return f"{max(row['accuracy_bn_re_estimated'] for row in data['rows'] if row['tool'] == tool)} %"
-
-    yield (
-        f"{data['model']}, half of the MACs, BatchNorm re-estimated only",
-        f"dense {data['dense']['accuracy']} %, by magnitude {best('secateur')}, Torch-Pruning by magnitude {best('torch-pruning')}",
-    )
+SHOWN = ("resnet56", "fashion_vit", "lm_shakespeare")  # of the networks; all of them are in no_training.md
 
 
 def no_training(folder: Path) -> Rows:
-    """benchmarks/results/no_training/TASK.jsonl: a line per network, at each ratio the mean over the seeds beside the best of the others."""
-    for path in sorted(folder.glob("*.jsonl")):
+    """benchmarks/results/no_training/TASK.jsonl: a line per network shown, at each ratio the mean over the seeds beside the best of the others."""
+    for path in [p for name in SHOWN if (p := folder / f"{name}.jsonl").exists()]:
         rows = [row for line in path.read_text().splitlines() if "error" not in (row := json.loads(line))]
         dense = next((row for row in rows if row["method"] == "dense"), {})
         metric = next((m for m in ("top1", "cosine", "perplexity") if m in dense), "top1")
@@ -108,10 +100,45 @@ def speed(data: dict[str, Any]) -> Rows:
     yield "trace, plan and cut to half of the MACs (Llama: traced and planned)", "; ".join(cells)
 
 
-SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
+def kernels(data: dict[str, Any]) -> Rows:
+    """benchmarks/results/kernels.json: layers with zeros beside the quickest dense way."""
+    cells = []
+    for threads, found in data["threads"].items():
+        for pattern in ("4x1", "single"):
+            rows = [row for row in found["summary"] if row["pattern"] == pattern]
+            figures = " / ".join(f"{row['median_speedup']:.1f}" for row in rows)
+            cells.append(f"{threads} thread{'s' if threads != '1' else ''}, {pattern} **{figures}**")
+    shares = " / ".join(f"{row['zeros']:.0%}"[:-1] for row in rows)
+    yield f"sparse layers, {shares} % zeros, times as fast as the best of torch, torch.compile and ONNX Runtime (medians)", "; ".join(cells)
+
+
+def networks(data: dict[str, Any]) -> Rows:
+    """benchmarks/results/sparse_models.json: whole networks at 90 % zeros."""
+    cells = []
+    for threads, rows in data["threads"].items():
+        ups = {(row["model"], row["way"]): row["speedup"] for row in rows if "speedup" in row}
+        for name in dict.fromkeys(model for model, _ in ups):
+            best = {p: max(ups[name, p], ups[name, f"{p}, AOTInductor"]) for p in ("4x1", "single")}
+            cells.append(f"{name}, {threads} thread{'s' if threads != '1' else ''}: 4x1 **{best['4x1']:.1f}**, single **{best['single']:.1f}**")
+    yield "whole networks, 90 % zeros, the same comparison", "; ".join(cells)
+
+
+def recovered(rows: list[dict[str, Any]]) -> Rows:
+    """benchmarks/results/recover.json: training back."""
+    cells = [f"{row['task']} ÷{row['share']:g} by {row['method'].split('/')[0]}, {row['epochs']:g} epochs, {row['without_training']:.2f} -> "
+             f"**{row['recovered']:.2f}**" for row in rows if row["what"] == "cut"]  # fmt: skip
+    cells += [f"{row['task']} with {row['keep']:.0%} of its weights, {row['epochs']:g} epochs, {row['kind'].replace('_', '-')} **{row['top1']:.2f}**"
+              for row in rows if row["what"] == "sparse"]  # fmt: skip
+    if cells:
+        yield "CIFAR-10, trained back (1 seed), top-1", "; ".join(cells)
+
+
+SOURCES: dict[str, tuple[str, Callable[[Any], Rows]]] = {
     "zoo.json": ("make zoo", coverage),
-    "resnet56.json": ("make bench", resnet56),
     "speed.json": ("make bench", speed),
+    "kernels.json": ("python -m benchmarks.kernels", kernels),
+    "sparse_models.json": ("python -m benchmarks.sparse_models", networks),
+    "recover.json": ("python -m benchmarks.recover", recovered),
 }
 
 

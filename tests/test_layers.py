@@ -24,7 +24,7 @@ LAYERS = [
     ["sweep", "stream"],
     ["job"],
     ["explore", "layer_tables"],
-    ["terminal", "cli", "cli_masks", "cli_run", "shell", "demo"],
+    ["terminal", "cli", "cli_masks", "cli_recover", "cli_run", "shell", "demo"],
     ["__main__"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -38,6 +38,9 @@ SIDEWAYS = {
     ("cli", "shell"): "options that commands share",
     ("cli_masks", "shell"): "options that commands share",
     ("cli", "cli_run"): "its command for sparse layers",
+    ("cli", "cli_recover"): "its command for training",
+    ("cli_recover", "shell"): "options that commands share",
+    ("cli_recover", "terminal"): "a command prints with the terminal's functions",
     ("cli_run", "shell"): "options that commands share",
     ("cli_run", "terminal"): "as the command line",
     ("cli_masks", "terminal"): "as the command line",

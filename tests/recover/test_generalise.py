@@ -358,6 +358,27 @@ def test_rows_of_other_settings_are_not_mixed(trained, tmp_path):
         study().run(shares("50%"), 1, tmp_path, quiet)
 
 
+def test_a_kill_while_writing_leaves_the_rows_before(trained, tmp_path, monkeypatch):
+    study().run(shares("50%"), 1, tmp_path, quiet)
+    before = (tmp_path / FILE).read_text()
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli_generalise, "sync", full)  # as the new rows reach the disk
+    with pytest.raises(FormatError, match="No space left.*\n.*rows before are unchanged"):
+        study().run(shares("20%"), 1, tmp_path, quiet)
+    assert (tmp_path / FILE).read_text() == before and [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_a_reader_of_the_file_never_sees_half_of_it(trained, tmp_path):
+    study().run(shares("50%"), 1, tmp_path, quiet)
+    with (tmp_path / FILE).open() as old:
+        study().run(shares("20%"), 1, tmp_path, quiet)
+        assert len(json.loads(old.read())["rows"]) == 2, "the old file is whole as long as someone holds it"
+    assert len(json.loads((tmp_path / FILE).read_text())["rows"]) == 3
+
+
 def test_a_folder_that_cannot_be_written(trained, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FormatError, match="could not be written"):
