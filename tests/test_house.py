@@ -58,6 +58,7 @@ MORE_PARAMETERS = {
     "src/secateur/recover/loop.py:recover": "the one call: model, data and how, and what may be beside them",
     "src/secateur/sweep.py:sweep": "what `prune` takes, for several budgets",
     "src/secateur/cli_masks.py:mask": "a command line's parameters are its options",
+    "src/secateur/cli_generalise.py:generalise": "a command line's parameters are its options",
     "src/secateur/cli_recover.py:recover": "a command line's parameters are its options",
     "src/secateur/cli_run.py:run": "a command line's parameters are its options",
     "src/secateur/cli.py:sweep": "a command line's parameters are its options",

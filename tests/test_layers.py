@@ -24,7 +24,7 @@ LAYERS = [
     ["sweep", "stream"],
     ["job"],
     ["explore", "layer_tables"],
-    ["terminal", "cli", "cli_masks", "cli_recover", "cli_run", "shell", "demo"],
+    ["terminal", "cli", "cli_masks", "cli_generalise", "cli_recover", "cli_run", "shell", "demo"],
     ["__main__"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -39,6 +39,9 @@ SIDEWAYS = {
     ("cli_masks", "shell"): "options that commands share",
     ("cli", "cli_run"): "its command for sparse layers",
     ("cli", "cli_recover"): "its command for training",
+    ("cli", "cli_generalise"): "its command for the gap",
+    ("cli_generalise", "shell"): "options that commands share",
+    ("cli_generalise", "terminal"): "a command prints with the terminal's functions",
     ("cli_recover", "shell"): "options that commands share",
     ("cli_recover", "terminal"): "a command prints with the terminal's functions",
     ("cli_run", "shell"): "options that commands share",

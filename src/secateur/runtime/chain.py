@@ -39,9 +39,8 @@ class Chain(nn.Module):
         """Tensors and steps as the operator reads them."""
         weights, steps = list[Tensor](), list[int]()
         for layer, (source, plus) in zip(layers, self.steps, strict=True):
-            n, own, held = len(weights), layer._parameters, layer._buffers  # directly: looked up by name they take as long as the products
-            bias = own.get("bias")
-            weights += [own["values"], held["index"], held["starts"], *([] if bias is None else [bias])]  # type: ignore[list-item]
+            n, (values, index, starts, bias) = len(weights), layer.tensors()
+            weights += [values, index, starts, *([] if bias is None else [bias])]
             steps += [source, plus, n, n + 1, n + 2, -1 if bias is None else n + 3, layer.rows, layer.r, layer.set, layer.relu, *layer.window]
         return weights, steps
 

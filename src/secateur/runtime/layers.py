@@ -29,8 +29,16 @@ class SparseLayer(nn.Module):
         self.starts: Tensor
         self.register_buffer("index", layout.index)
         self.register_buffer("starts", layout.starts)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.float32).clone())
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().to(torch.float32).clone()))
         self.rows, self.columns, self.r, self.set, self.relu = layout.rows, layout.columns, layout.r, layout.set, relu
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """values, index, starts and bias, past the look-up of modules, which takes longer than what a small layer computes."""
+        own, held = self._parameters, self._buffers
+        if "values" in own and "bias" in own:
+            return own["values"], held["index"], held["starts"], own["bias"]  # type: ignore[return-value]
+        return self.values, self.index, self.starts, self.bias  # parametrized: a module then looks them up itself
 
     def matrix(self) -> Tensor:
         """The weight (rows, columns) with its zeros."""
@@ -67,10 +75,9 @@ class SparseLinear(SparseLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input  # named as that of nn.Linear, for calls by keyword
-        if takes(x, self.values):
-            return torch.ops.secateur.sparse_linear(
-                x.contiguous(), self.values, self.index, self.starts, self.bias, self.rows, self.columns, self.r, self.set, self.relu
-            )
+        values, index, starts, bias = self.tensors()
+        if takes(x, values):
+            return torch.ops.secateur.sparse_linear(x.contiguous(), values, index, starts, bias, self.rows, self.columns, self.r, self.set, self.relu)
         return self._ended(F.linear(x, self.matrix().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)))
 
     def extra_repr(self) -> str:
@@ -107,11 +114,10 @@ class SparseConv2d(SparseLayer):
         x, w = input, self.window
         if x.dim() == 3:  # an image by itself
             return SparseConv2d.forward(self, x[None], None if plus is None else plus[None])[0]
-        if takes(x, self.values) and (plus is None or plus.dtype == x.dtype):
+        values, index, starts, bias = self.tensors()
+        if takes(x, values) and (plus is None or plus.dtype == x.dtype):
             added = None if plus is None else plus.contiguous()
-            return torch.ops.secateur.sparse_conv2d(
-                x.contiguous(), self.values, self.index, self.starts, self.bias, added, self.rows, self.r, self.set, self.relu, w
-            )
+            return torch.ops.secateur.sparse_conv2d(x.contiguous(), values, index, starts, bias, added, self.rows, self.r, self.set, self.relu, w)
         weight = self.matrix().view(self.rows, -1, *w[:2]).to(x.dtype)
         return self._ended(F.conv2d(x, weight, None if self.bias is None else self.bias.to(x.dtype), w[2:4], w[4:6], w[6:8]), plus)
 

@@ -1,0 +1,122 @@
+"""`python -m benchmarks.recover cut --task resnet56 --share 2.57 [--method ours] [--epochs 20]` and
+`python -m benchmarks.recover sparse --task resnet20 --keep 0.05 [--kind cubic ...]`: training back on CIFAR-10.
+
+`cut`: a cut by the library's one call (repaired, without training) or by a variant of Torch-Pruning (BatchNorm re-estimated), then the same
+training for both: `secateur.recover` with the dense network as teacher, flips and crops, its default rates. `sparse`: single weights go by a
+schedule while the trained network is trained on, every kind for the same steps and rates, without a teacher; "rigl" and "set" begin from the
+largest weights, "static" from a random mask. All 50,000 training images, the last epoch counts, all 10,000 test images. Rows that are in
+`results/recover.json` already are left alone; a run that was killed goes on from `build/recover`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import cifar
+from benchmarks.no_training.__main__ import versions
+from benchmarks.no_training.methods import method
+from benchmarks.no_training.tasks import TASKS, Task
+from secateur.measure import count
+from secateur.models.data import Batches
+from secateur.recover import Gradual, Schedule, Training, recover
+from secateur.recover.order import Order, augmented, mixed
+
+RESULTS = Path(__file__).parent / "results" / "recover.json"
+BUILD = Path(__file__).parents[1] / "build" / "recover"
+
+
+def training_images(raw: bool) -> Batches:
+    parts = [cifar.pixels(f"train_{i}") for i in range(5)]
+    x, y = (torch.cat(p) for p in zip(*parts, strict=True))
+    return Batches(x.float() if raw else cifar.normalised(x), y, 128)
+
+
+def top1(task: Task, model: nn.Module) -> float:
+    return task.evaluate(model.eval().to(memory_format=torch.contiguous_format), None)["top1"]  # type: ignore[call-overload]
+
+
+def cut(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    name = f"{task.name}-{options.share}-{options.method.replace('/', '_')}-{seed}"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    kept = BUILD / f"{name}.pt"
+    begin = time.monotonic()
+    model, _ = method(options.method)(task, 1 / options.share, seed)
+    if kept.exists():  # the same weights as before a kill: solvers of several threads differ in the last digits
+        model.load_state_dict(torch.load(kept, weights_only=True))
+    else:
+        torch.save(model.state_dict(), kept)
+    seconds, before = time.monotonic() - begin, top1(task, model)
+    print(name, "without training", before, flush=True)
+    how = Training(options.epochs, distil=0.9, precision="bfloat16", channels_last=True, augment="flip_crop", seed=seed)
+    done = recover(model, training_images(task.name == "ic_resnet8"), how, teacher=task.dense(), folder=BUILD / name, progress=told)
+    macs = [count(m, task.args()).macs for m in (task.dense(), model)]
+    return {"share": options.share, "method": options.method, "macs": macs[1] / macs[0], "without_training": before, "recovered": top1(task, model),
+            "seconds_of_pruning": seconds, "history": done.history}  # fmt: skip
+
+
+def told(step: int, steps: int, loss: float) -> None:
+    if step % 50 == 0:
+        print(f"{step}/{steps} {loss:.4f}", flush=True)
+
+
+def sparse(task: Task, kind: str, keep: float, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    model, data = task.dense().train().to(memory_format=torch.channels_last), training_images(task.name == "ic_resnet8")  # type: ignore[call-overload]
+    how, order = Training(options.epochs, seed=seed), Order(data, None, seed)
+    optimizer, steps = how.made(model, data.size), round(options.epochs * order.steps)
+    rates = [g["lr"] for g in optimizer.param_groups]
+    schedule = Schedule(model, optimizer, Gradual(keep=keep, kind=kind, start="magnitude", seed=seed), steps)  # type: ignore[arg-type]
+    begin, step = time.monotonic(), 0
+    for epoch in range(-(-steps // order.steps)):
+        for x, y in order.epoch(epoch):
+            if step == steps:
+                break
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * how.at(step, steps)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(model(augmented(x, "flip_crop", mixed(seed, step, 0)).to(memory_format=torch.channels_last)).float(), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            told(step, steps, float(loss.detach()))
+    schedule.remove()
+    return {"kind": kind, "keep": keep, "kept": 1 - schedule.sparsity, "top1": top1(task, model), "seconds": time.monotonic() - begin}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["cut", "sparse"])
+    parser.add_argument("--task", default="resnet56", choices=["resnet56", "resnet20", "ic_resnet8"])
+    parser.add_argument("--share", type=float, default=2.57, help="the dense multiply-accumulates are divided by this")
+    parser.add_argument("--method", default="ours", help="ours, or a variant such as torch_pruning/taylor/local/inner")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.05])
+    parser.add_argument("--kind", nargs="+", default=["one_shot", "cubic", "iterative", "ac_dc", "rigl", "static"])
+    parser.add_argument("--epochs", type=float, default=20.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    options = parser.parse_args()
+    task = TASKS[options.task]
+    jobs = [(kind, keep) for kind in options.kind for keep in options.keep] if options.what == "sparse" else [("", 0.0)]
+    for seed in options.seeds:
+        for kind, keep in jobs:
+            same = {"what": options.what, "task": options.task, "seed": seed, "epochs": options.epochs}
+            same |= {"kind": kind, "keep": keep} if kind else {"share": options.share, "method": options.method}
+            rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+            if any(all(row.get(k) == v for k, v in same.items()) for row in rows):
+                continue
+            row = cut(task, options, seed) if options.what == "cut" else sparse(task, kind, keep, options, seed)
+            row = {**same, **row, "threads": torch.get_num_threads(), "versions": versions()}
+            print({k: v for k, v in row.items() if k not in ("history", "versions")}, flush=True)
+            rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []  # another process may have added some
+            RESULTS.write_text(json.dumps([*rows, row], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
