@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from secateur import cli_masks, cli_recover, cli_run, explore, job, terminal
+from secateur import cli_generalise, cli_masks, cli_recover, cli_run, explore, job, terminal
 from secateur import demo as the_demo
 from secateur.budget import parse, parse_points
 from secateur.errors import InputError, SecateurError
@@ -240,6 +240,7 @@ app.command()(cli_masks.mask)
 app.command()(cli_masks.verify)
 app.command()(cli_run.run)
 app.command()(cli_recover.recover)
+app.command()(cli_generalise.generalise)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

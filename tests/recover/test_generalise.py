@@ -366,7 +366,7 @@ def test_a_kill_while_writing_leaves_the_rows_before(trained, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cli_generalise, "sync", full)  # as the new rows reach the disk
-    with pytest.raises(FormatError, match="No space left.*\n.*rows before are unchanged"):
+    with pytest.raises(FormatError, match=r"No space left.*\n.*rows before are unchanged"):
         study().run(shares("20%"), 1, tmp_path, quiet)
     assert (tmp_path / FILE).read_text() == before and [path.name for path in tmp_path.iterdir()] == [FILE]
 

@@ -111,8 +111,9 @@ def test_a_run_that_is_through_is_not_begun_again(tmp_path):
     how = Training(epochs=1)
     first = recover(net(), rows(), how, folder=tmp_path)
     seen = []
-    again = recover(net(1), rows(), how, folder=tmp_path, progress=lambda *a: seen.append(a))
-    assert not seen and all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+    for given in (net(), first.model):  # what it began with, or what came of it
+        again = recover(given, rows(), how, folder=tmp_path, progress=lambda *a: seen.append(a))
+        assert not seen and all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
 
 
 def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path):
@@ -121,8 +122,13 @@ def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path):
         recover(net(), rows(), Training(epochs=2), folder=tmp_path)
     wide = net()
     wide.layers = nn.ModuleList([nn.Linear(8, 17), nn.Linear(17, 4)])
-    with pytest.raises(FormatError, match="another model"):
-        recover(wide, rows(), Training(epochs=1), folder=tmp_path)
+    for other in (wide, net(1)):
+        with pytest.raises(InputError, match="other weights"):
+            recover(other, rows(), Training(epochs=1), folder=tmp_path)
+    with pytest.raises(InputError, match="teacher was None"):
+        recover(net(), rows(), Training(epochs=1), folder=tmp_path, teacher=net(2))
+    with pytest.raises(InputError, match="zeros was None"):
+        recover(net(), rows(), Training(epochs=1), folder=tmp_path, plan=masked(net(), rows().inputs[:2]).plan)
     path = tmp_path / FILE
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(FormatError, match="cannot be read"):
@@ -151,6 +157,95 @@ def test_what_is_not_finite_is_named_and_the_last_good_state_comes_back():
     assert all(bool(torch.isfinite(t).all()) for t in state.values())
     assert not torch.equal(state["conv.weight"], before["conv.weight"])  # of the first epoch's end: three steps in
     assert model.drop.calls > 4
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Rows with noise that is drawn as they are asked for."""
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, i):
+        x, y = rows(60).inputs[i], rows(60).labels[i]
+        return x + torch.randn_like(x), y
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_loader_that_shuffles_and_draws_is_resumed_to_the_bit(own, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def loader():
+        generator = torch.Generator().manual_seed(7) if own else None
+        return torch.utils.data.DataLoader(Noisy(), 16, shuffle=True, generator=generator)
+
+    def stopping(at):
+        def progress(step, steps, loss):
+            if step == at:
+                raise Stop
+
+        return progress
+
+    how = Training(epochs=3, every=0.0)
+    whole = recover(net(), loader(), how)
+    for at in (3, 6, 10):
+        with pytest.raises(Stop):
+            recover(net(), loader(), how, folder=tmp_path, progress=stopping(at))
+    parts = recover(net(), loader(), how, folder=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), parts.model.state_dict().values(), strict=True))
+
+
+def test_weights_that_were_there_under_the_mask_do_not_come_back():
+    plan = masked(net(), rows().inputs[:2]).plan
+    for how in (Training(epochs=1, ema=0.9), Training(epochs=1)):
+        done = recover(net(), rows(), how, plan=plan)  # the dense model, none of its weights zero yet
+        assert not any(done.model.get_parameter(n)[~m].any() for n, m in plan.weights.items())
+    with pytest.raises(TrainingError):
+        bad = net()
+        recover(bad, rows(), Training(epochs=1), plan=plan, loss=lambda output, labels: output.sum() * float("nan"))
+    assert not any(bad.get_parameter(n)[~m].any() for n, m in plan.weights.items())
+
+
+def test_nothing_else_is_changed(tmp_path):
+    model, teacher = net().eval(), net(1)
+    state = torch.get_rng_state()
+    wrong = [(rows(4).inputs, torch.tensor([9, 9, 9, 9]))]
+    with pytest.raises(DataError):
+        recover(model, rows(), Training(epochs=2, ema=0.5, channels_last=True), valid=wrong, teacher=teacher, folder=tmp_path)
+    assert torch.equal(torch.get_rng_state(), state) and teacher.training and not model.training
+    assert model.conv.weight.is_contiguous() and all(p.grad is None for p in model.parameters()) and (tmp_path / FILE).exists()
+    kept = torch.load(tmp_path / FILE, weights_only=True)["model"]
+    assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters())  # the weights, not their average
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.own, self.slow = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.BatchNorm2d(8, momentum=None)
+        self.drop, self.b = nn.Dropout(0.5, inplace=True), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.b(self.drop(self.slow(self.own(self.a(x))).mean((2, 3))))
+
+
+def test_graphs_train_and_rest():
+    from secateur.recover import modes
+
+    torch.manual_seed(0)
+    x = rows(32).inputs
+    graph = torch.export.export(Odd().eval(), (x,)).module()
+    before, was = graph.get_buffer("slow.running_mean").clone(), str(graph.graph)
+    with torch.no_grad():
+        rest = graph(x)
+        with modes.training(graph) as mode:
+            first, second = graph(x), graph(x)
+            assert not torch.equal(graph.get_buffer("slow.running_mean"), before)
+            with mode.rest():
+                assert torch.equal(graph(x), graph(x))
+            assert torch.isfinite(first).all() and str(graph.graph) != was
+    assert str(graph.graph) == was and rest.shape == second.shape
+    done = recover(graph, rows(64), Training(epochs=1, lr=0.01), valid=rows(64, seed=1))
+    assert len(done.history) == 1 and str(graph.graph) == was
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_the_weights():

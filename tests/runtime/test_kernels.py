@@ -95,6 +95,18 @@ def test_convolution_is_the_dense_one_for_any_window(images, channels, filters, 
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("r", [1, 4, 8])
+def test_one_pixel_windows_write_their_pixels_and_no_others(r, isa):
+    w = matrix(9, 5, 0.3, r)
+    layout = Layout.of(w, r)
+    for pixels in range(1, 200):
+        x, plus = torch.randn(1, 5, 1, pixels), torch.randn(1, 9, 1, pixels)
+        found = conv(layout, x, [1, 1, 1, 1, 0, 0, 1, 1], isa=isa, plus=plus)
+        wanted = F.conv2d(x.double(), w.double().view(9, 5, 1, 1)) + plus
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_a_large_image_is_worked_on_in_stretches(isa):
     w, x = matrix(12, 70 * 9, 0.7, 4), torch.randn(2, 70, 61, 67)
     found = conv(Layout.of(w, 4, 32 * 9), x, [3, 3, 1, 1, 1, 1, 1, 1], relu=True, isa=isa)
@@ -219,6 +231,16 @@ def test_the_largest_of_a_window_is_torchs(size, kernel, stride, padding, dilati
     x[x > 2.5] = float("nan")
     found = torch.ops.secateur.max_pool2d(x, [*kernel, *stride, *padding, *dilation], isa)
     torch.testing.assert_close(found, F.max_pool2d(x, kernel, stride, padding, dilation), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [2**63 - 1, 2**40, 2**62])
+def test_sizes_that_cannot_be_counted_are_refused(rows):
+    empty = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="secateur"):
+        torch.ops.secateur.sparse_linear(torch.randn(1, 1), torch.zeros(0, 8), torch.zeros(0, dtype=torch.int16), empty, None, rows, 1, 8, 1, False)
+    with pytest.raises(RuntimeError, match="secateur"):
+        masks, starts = torch.zeros(8, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+        torch.ops.secateur.sparse_decode(torch.randn(1, 1), torch.zeros(32), masks, starts, None, rows, 1)
 
 
 def test_steps_of_a_chain_that_name_what_is_not_there_are_refused():

@@ -310,6 +310,46 @@ def test_convolutions_that_follow_one_another_are_called_at_once(kernels, monkey
     torch.testing.assert_close(found.double()(other.double())[0], wanted[0].double(), rtol=1e-4, atol=1e-4)  # no kernels for these
 
 
+class Writes(nn.Module):
+    """Values that are written to between a convolution and the sum behind it, or by the sum."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.a, self.b = kind, zeroed(nn.Conv2d(4, 4, 3, padding=1), 0.8), zeroed(nn.Conv2d(4, 4, 1), 0.8)
+        self.register_buffer("state", torch.zeros(2, 4, 6, 7))
+
+    def forward(self, x):
+        if self.kind == "a buffer takes the sum":
+            return self.state.add_(self.a(x)) * 1.0
+        x = x * 1.0
+        y = self.a(x)
+        if self.kind == "the source changes":
+            x.mul_(0.5)
+        if self.kind == "a rectifier in place":
+            return y + self.b(torch.relu_(x))
+        if self.kind == "into itself":
+            y += x
+            return torch.relu(y)
+        return y + x
+
+
+@pytest.mark.parametrize("kind", ["a buffer takes the sum", "the source changes", "a rectifier in place", "into itself"])
+def test_sums_are_left_where_something_is_written(kernels, kind, monkeypatch):
+    for name in ("GAIN", "SLOWER"):
+        monkeypatch.setattr(sys.modules["secateur.runtime.convert"], name, 1e9)
+    torch.manual_seed(0)
+    net, x = Writes(kind).eval(), torch.randn(2, 4, 6, 7)
+    graph, whole = fold(copy.deepcopy(net), (x,)), convert(copy.deepcopy(net), (x,), rounds=3, fold=True).model
+    folded = kind in ("into itself", "a rectifier in place")  # there the second convolution takes in the first
+    assert folded == any(len(n.args) > 1 for n in graph.graph.nodes if n.op == "call_module")
+    with torch.no_grad():
+        for _ in range(3):  # a state moves with every call
+            wanted = net(x)
+            torch.testing.assert_close(graph(x), wanted, rtol=1e-4, atol=1e-4)
+        whole.state.zero_() if hasattr(whole, "state") else None
+        assert torch.isfinite(whole(x)).all()
+
+
 def test_what_is_added_has_a_derivative(kernels):
     torch.manual_seed(0)
     layer = SparseConv2d.of(zeroed(nn.Conv2d(3, 5, 3, padding=1)), 4, relu=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,16 @@ def trainer_callback(start: Start) -> Any:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             self.held = start(given["model"], plain(given["optimizer"]), int(state.max_steps))
+            if state.global_step and hasattr(self.held, "load_state_dict"):
+                path = _beside(args, state)
+                if not path.exists():
+                    raise InputError(f"training goes on at step {state.global_step}, and {path} is missing.\n"
+                                     "  Without it the schedule would begin anew.")  # fmt: skip
+                self.held.load_state_dict(torch.load(path, weights_only=True))
+
+        def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if hasattr(self.held, "state_dict") and state.is_world_process_zero and _beside(args, state).parent.is_dir():
+                torch.save(self.held.state_dict(), _beside(args, state))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             self.held.remove()
@@ -51,16 +62,30 @@ def lightning_callback(start: Start) -> Any:
 
     class Holding(Callback):  # type: ignore[misc,valid-type]
         held: Any = None
+        before: Any = None  # what a checkpoint holds, until training begins
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
             if len(trainer.optimizers) != 1:
                 raise InputError(f"there are {len(trainer.optimizers)} optimizers, and this callback takes one.\n  Call sc.hold for each yourself.")
             self.held = start(module, plain(trainer.optimizers[0]), int(trainer.estimated_stepping_batches))
+            if self.before is not None and hasattr(self.held, "load_state_dict"):
+                self.held.load_state_dict(self.before)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"held": self.held.state_dict() if hasattr(self.held, "state_dict") else None}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.before = state_dict["held"]
 
         def on_train_end(self, trainer: Any, module: Any) -> None:
             self.held.remove()
 
     return Holding()
+
+
+def _beside(args: Any, state: Any) -> Path:
+    """A file of ours in the checkpoint of a step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "secateur.pt"
 
 
 def _lightning() -> Any:

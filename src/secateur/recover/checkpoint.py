@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -85,8 +86,9 @@ def write(folder: Path, held: Mapping[str, Any]) -> None:
                           "  Make room, or choose another folder; the one before is whole.") from error  # fmt: skip
 
 
-def read(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint of a run with these settings; None where there is none. Read without executing anything.
+def read(folder: Path, settings: Mapping[str, Any], begun: str) -> dict[str, Any] | None:
+    """The checkpoint of a run with these settings; None where there is none. Read without executing anything. `begun`: the hash of the model now,
+    which is what the run began with, or what it was when it was saved.
 
     Raises:
         FormatError: damaged, or not ours. InputError: of a run with other settings.
@@ -105,8 +107,20 @@ def read(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         odd = sorted(k for k in {*before, *settings} if before.get(k) != json.loads(json.dumps(settings)).get(k))
         raise InputError(f"{path} is of a run with other settings: {', '.join(f'{k} was {before.get(k)!r}' for k in odd[:3])}.\n"
                          "  Use them again, or another folder.")  # fmt: skip
+    if begun not in (held["begun"], digest(held["model"])):
+        raise InputError(f"{path} is of a run that began with other weights than these.\n  Pass the model that it began with, or use another folder.")
     return held
 
 
 def text(settings: Mapping[str, Any]) -> str:
     return json.dumps(settings)
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """A hash of names, shapes and bits."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        tensor = full(state[name]).contiguous()
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return found.hexdigest()

@@ -58,8 +58,6 @@ class Processes(Engine):
         if self.shard:
             return _sharded(model)
         model.to(self.own.device)
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) and self.own.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return self.own.prepare_model(model)
 
     def backward(self, loss: Tensor) -> None:

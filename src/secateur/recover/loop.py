@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import DataError, TrainingError
-from secateur.masks.hold import hold
+from secateur.masks.hold import Hold, hold
 from secateur.models.quality import accuracy
 from secateur.plan import Plan
 from secateur.recover import checkpoint, modes
@@ -72,6 +72,7 @@ class Run:
     teacher: nn.Module | None = None
     loss: losses.Loss | None = None
     valid: Iterable[Any] | None = None
+    held: Hold | None = None
 
     def __init__(self, model: nn.Module, order: Order, how: Training, own: Engine):
         self.model, self.order, self.how, self.engine = model, order, how, own
@@ -83,31 +84,35 @@ class Run:
 
     def through(self, plan: Plan | None, folder: Path | None, progress: Progress | None) -> Recovered:
         """All steps that are left."""
-        model, how = self.model, self.how
-        first = next(self.order.epoch(0), None)
-        if first is None:
-            raise DataError("The data is empty.\n  Give at least one batch.")
-        settings = {**how.to_json(), "steps": self.steps, "teacher": self.teacher is not None, "held": len(plan.weights) if plan else 0}
-        found = checkpoint.read(folder, settings) if folder else None
-        if how.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with modes.training(model):
-            self._ready(first, found)
-            held = hold(model, plan, self.optimizer) if plan is not None and plan.weights else None
-            try:
-                self._epochs(settings, folder, progress)
-                self._averaged()
-            finally:
-                if held is not None:
-                    held.remove()
-                self.optimizer.zero_grad(set_to_none=True)
+        model, how, teacher = self.model, self.how, self.teacher
+        with torch.random.fork_rng(devices=[]):
+            first = next(self.order.epoch(0), None)
+            if first is None:
+                raise DataError("The data is empty.\n  Give at least one batch.")
+            self.begun = checkpoint.digest(checkpoint.state_of(model))
+            settings = {**how.to_json(), "steps": self.steps, "teacher": checkpoint.digest(checkpoint.state_of(teacher)) if teacher else None,
+                        "zeros": checkpoint.digest(plan.weights) if plan else None}  # fmt: skip
+            found = checkpoint.read(folder, settings, self.begun) if folder else None
+            learned = teacher.training if teacher else False
+            with modes.training(model) as self.mode:
+                try:
+                    if how.channels_last:
+                        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                    self._ready(first, found, plan)
+                    self._epochs(settings, folder, progress)
+                    self._averaged()
+                finally:
+                    self._ended()
+                    if teacher is not None:
+                        teacher.train(learned)
         return Recovered(model, self.history, self.notes)
 
-    def _ready(self, first: Any, found: Mapping[str, Any] | None) -> None:
-        """The model spread over the processes, an optimizer of its parameters, and the state of a checkpoint."""
+    def _ready(self, first: Any, found: Mapping[str, Any] | None, plan: Plan | None) -> None:
+        """The model spread over the processes, an optimizer of its parameters, zeros held, and the state of a checkpoint."""
         model, how = self.model, self.how
         self.called = self.engine.wrapped(model)
         self.optimizer = how.made(model, self.order.size or rows_of(first))
+        self.held = hold(model, plan, self.optimizer) if plan is not None and plan.weights else None
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.shadow = {n: p.detach().clone() for n, p in model.named_parameters()} if how.ema is not None else {}
         if self.teacher is not None:
@@ -121,6 +126,15 @@ class Run:
         with torch.no_grad():
             for name, average in self.shadow.items():
                 self.model.get_parameter(name).copy_(average)
+
+    def _ended(self) -> None:
+        if self.held is not None:
+            self.held.again()
+            self.held.remove()
+        for p in self.model.parameters():
+            p.grad = None
+        if self.how.channels_last:
+            self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
     def _epochs(self, settings: Mapping[str, Any], folder: Path | None, progress: Progress | None) -> None:
         each, last = self.order.steps, time.monotonic()
@@ -146,7 +160,7 @@ class Run:
                     progress(self.step, self.steps, value)
                 ended = self.step % each == 0 or self.step == self.steps
                 if ended:
-                    self._measured(number, (self.step - 1) % each + 1)
+                    self._measured(number, (self.step - 1) % each + 1, lambda: self._save(settings, folder))
                 if ended or (folder and self.engine.any(time.monotonic() - last >= self.how.every)):
                     self._save(settings, folder)
                     last = time.monotonic()
@@ -221,32 +235,38 @@ class Run:
         self.teacher.to(place).eval()
         args, kwargs, _ = _parted(part_of(batch, 0, rows_of(batch)), place)  # one row
         if self.how.features:
-            with modes.training(self.model, on=False):
+            with self.mode.rest():
                 self.inner = losses.matched(self.model, self.teacher, lambda m: m(*args, **kwargs))
             if not self.inner:
                 self.notes.append("features: no block of the teacher gives outputs of the same shape")
 
-    def _measured(self, number: int, count: int) -> None:
+    def _measured(self, number: int, count: int, save: Callable[[], None]) -> None:
+        """The row of an epoch; saved before validation data, which may fail, is looked at."""
         rate = float(self.optimizer.param_groups[0]["lr"])
         row = {"epoch": float(number + 1), "step": float(self.step), "lr": rate, "loss": self.total / max(1, count), "seconds": self._seconds()}
-        if self.valid is not None:
-            kept = {n: self.model.get_parameter(n).detach().clone() for n in self.shadow}
-            self._averaged()
-            with modes.training(self.model, on=False):
+        self.history.append(row)
+        self.total = 0.0
+        if self.valid is None:
+            return
+        save()
+        kept = {n: self.model.get_parameter(n).detach().clone() for n in self.shadow}
+        self._averaged()
+        try:
+            with self.mode.rest():
                 row["valid"] = accuracy(self.model, self.valid)
+        finally:
             with torch.no_grad():
                 for name, weights in kept.items():
                     self.model.get_parameter(name).copy_(weights)
-        self.history.append(row)
-        self.total = 0.0
 
     def _save(self, settings: Mapping[str, Any], folder: Path | None) -> None:
         self.good = checkpoint.state_of(self.model)
         if folder is None:
             return
         shadow = {n: checkpoint.full(t) for n, t in self.shadow.items()}
-        held = {"settings": checkpoint.text(settings), "step": self.step, "total": self.total, "history": self.history, "seconds": self._seconds(),
-                "model": self.good, "optimizer": checkpoint.optimizer_state(self.model, self.optimizer), "shadow": shadow}  # fmt: skip
+        held = {"settings": checkpoint.text(settings), "begun": self.begun, "step": self.step, "total": self.total, "history": self.history,
+                "seconds": self._seconds(), "model": self.good, "optimizer": checkpoint.optimizer_state(self.model, self.optimizer),
+                "shadow": shadow}  # fmt: skip
         if self.engine.rank == 0:
             checkpoint.write(folder, held)
         self.engine.wait()
@@ -259,6 +279,7 @@ class Run:
         checkpoint.put_optimizer(self.model, self.optimizer, found["optimizer"])
         for name, tensor in self.shadow.items():
             tensor.copy_(checkpoint.spread(found["shadow"][name], tensor))
+        self.begun = found["begun"]
         self.step, self.total, self.history, self.spent = found["step"], found["total"], list(found["history"]), found["seconds"]
 
 

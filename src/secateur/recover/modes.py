@@ -9,37 +9,77 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-TRAINS = {"batch_norm": 5, "dropout": 2, "alpha_dropout": 2, "feature_dropout": 2}  # where such an operator says whether it trains
+# Where such an operator says whether it trains, and for norms where their running mean is.
+TRAINS = {"batch_norm": (5, 3), "instance_norm": (5, 3), "dropout": (2, None), "alpha_dropout": (2, None), "feature_dropout": (2, None),
+          "feature_alpha_dropout": (2, None)}  # fmt: skip
+MOMENTUM = 0.1  # of norms that average over all batches: in a graph theirs was written down as 0
+
+
+class Mode:
+    """A model in train mode, its captured graphs too: `rest()` puts it at rest for a moment."""
+
+    def __init__(self, model: nn.Module):
+        self.flags = {m: m.training for m in model.modules()}
+        self.graphs = list[tuple[fx.GraphModule, fx.Node, Any, Any]]()  # with the arguments at rest, and in training
+        for module in self.flags:
+            for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+                args = _training(node)
+                if args is not None:
+                    self.graphs.append((module, node, node.args, args))  # type: ignore[arg-type]
+
+    def train(self) -> None:
+        for module in self.flags:
+            module.training = True
+        self._written(3)
+
+    def still(self) -> None:
+        for module in self.flags:
+            module.training = False
+        self._written(2)
+
+    def back(self) -> None:
+        """As everything was."""
+        for module, flag in self.flags.items():
+            module.training = flag
+        self._written(2)
+
+    def _written(self, which: int) -> None:
+        for row in self.graphs:
+            row[1].args = row[which]  # type: ignore[assignment]
+        for module in {id(row[0]): row[0] for row in self.graphs}.values():
+            module.recompile()
+
+    @contextmanager
+    def rest(self) -> Iterator[None]:
+        self.still()
+        try:
+            yield
+        finally:
+            self.train()
 
 
 @contextmanager
-def training(model: nn.Module, on: bool = True) -> Iterator[None]:
-    """The model in train mode (at rest with `on=False`), and everything afterwards as it was. In graphs (`fx.GraphModule`) the operators are told
-    so: in training batch norms use the statistics of the batch and move their own, and dropout drops."""
-    modes = {m: m.training for m in model.modules()}
-    before = list[tuple[fx.GraphModule, fx.Node, Any]]()
+def training(model: nn.Module) -> Iterator[Mode]:
+    """The model in train mode, and everything afterwards as it was. In graphs (`fx.GraphModule`) the operators are told so: batch norms use the
+    statistics of the batch and move their own, dropout drops."""
+    mode = Mode(model)
     try:
-        model.train(on)
-        for module in modes:
-            for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
-                place = TRAINS.get(_name(node))
-                if place is not None and len(node.args) > place and node.args[place] is not on:
-                    before.append((module, node, node.args))  # type: ignore[arg-type]
-                    node.args = (*node.args[:place], on, *node.args[place + 1 :])
-        _recompiled(before)
-        yield
+        mode.train()
+        yield mode
     finally:
-        for _, node, args in before:
-            node.args = args
-        _recompiled(before)
-        for module, mode in modes.items():
-            module.training = mode
+        mode.back()
 
 
-def _name(node: fx.Node) -> str:
-    return node.target._schema.name.removeprefix("aten::") if isinstance(node.target, torch._ops.OpOverload) else ""
-
-
-def _recompiled(changed: list[tuple[fx.GraphModule, fx.Node, Any]]) -> None:
-    for module in {id(m): m for m, _, _ in changed}.values():
-        module.recompile()
+def _training(node: fx.Node) -> tuple | None:
+    """The arguments of an operator in training, where they are others than at rest."""
+    name = node.target._schema.name.removeprefix("aten::").removesuffix("_") if isinstance(node.target, torch._ops.OpOverload) else ""
+    if name not in TRAINS:
+        return None
+    place, mean = TRAINS[name]
+    args = list(node.args)
+    if len(args) <= place or args[place] is not False or (mean is not None and args[mean] is None):
+        return None
+    args[place] = True
+    if mean is not None and len(args) > place + 1 and args[place + 1] == 0.0:
+        args[place + 1] = MOMENTUM
+    return tuple(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from secateur.models.data import Batches
 
 class Order:
     """Batches of an epoch, counted. Rows of tensors are drawn in a new order every epoch; a loader is gone through as it is, with torch's random
-    numbers set by the epoch, so that one which shuffles does so in the same way."""
+    numbers (and those of generators of its own) set by the epoch, so that one which shuffles does so in the same way, and by the batch, so that what
+    is drawn for it is the same wherever a run begins again. Numbers that it takes from elsewhere, such as NumPy, are its own affair."""
 
     def __init__(self, data: Iterable[Any], batch: int | None, seed: int):
         self.data, self.seed = data, seed
@@ -37,10 +39,24 @@ class Order:
                 rows = order[at * size : (at + 1) * size]
                 yield inputs[rows] if labels is None else (inputs[rows], labels[rows])
             return
+        for own in _generators(self.data):
+            own.manual_seed(mixed(self.seed, number, 0))
         torch.manual_seed(mixed(self.seed, number, 0))
-        for at, batch in enumerate(self.data):
+        batches = iter(self.data)
+        for at in count():
+            torch.manual_seed(mixed(self.seed, number, 2 + at))
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
             if at >= begin:
                 yield batch
+
+
+def _generators(data: Any) -> list[torch.Generator]:
+    """Of a DataLoader and its sampler."""
+    found = [getattr(owner, "generator", None) for owner in (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None))]
+    return [g for g in found if isinstance(g, torch.Generator)]
 
 
 def mixed(seed: int, step: int, which: int) -> int:

@@ -39,14 +39,14 @@ def fold(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None)
         weight = state[layer.weight]
         if layer.why_not or layer.transposed or weight.dim() not in (2, 3, 4) or weight.dtype != torch.float32:
             continue
-        total, other = _sum(layer.end, done) if layer.window else (layer.end, None)
+        total, other = _sum(layer, done) if layer.window else (layer.end, None)
         last = _rectifier(total)
         made: nn.Module = _plain(layer, _affine(graph, layer, state))
         if last is not layer.end:
             made = Fused(made, relu=last is not total)
         name = _free(module, layer.name.replace(".", "_") + "_folded")
         module.add_module(name, made.eval())
-        with module.graph.inserting_before(nodes[last]):
+        with module.graph.inserting_before(nodes[layer.node if other is None else last]):  # the other may be computed after the layer
             call = module.graph.call_module(name, tuple(nodes[n] for n in (layer.source, other) if n is not None))
         nodes[last].replace_all_uses_with(call)
         for node in dict.fromkeys((last, total, layer.end, layer.node)):
@@ -74,8 +74,10 @@ def _rectifier(node: fx.Node) -> fx.Node:
     return users[0] if len(users) == 1 and op_name(users[0]) == "relu" else node
 
 
-def _sum(node: fx.Node, done: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
-    """The sum of the node and another of the same kind, where that alone reads it, and the other; or the node, None."""
+def _sum(layer: Layer, done: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
+    """The sum of the layer's output and another of the same kind, where that alone reads it, and the other; or the output, None. Not where the sum is
+    written into the other, nor where anything is written to between the layer and the sum: the layer would then read it afterwards."""
+    node = layer.end
     users = list(node.users)
     if len(users) != 1 or users[0] in done or op_name(users[0]) != "add" or users[0].kwargs or len(users[0].args) != 2:
         return node, None
@@ -83,8 +85,24 @@ def _sum(node: fx.Node, done: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
     value = node.meta["val"]
     if len(others) != 1 or not isinstance(others[0], fx.Node):  # a number, or twice the node
         return node, None
-    other = others[0].meta.get("val")
-    return (users[0], others[0]) if isinstance(other, Tensor) and (other.shape, other.dtype) == (value.shape, value.dtype) else (node, None)
+    other, last = others[0].meta.get("val"), _rectifier(users[0])
+    if not isinstance(other, Tensor) or (other.shape, other.dtype) != (value.shape, value.dtype):
+        return node, None
+    if _writes(users[0]) and users[0].args[0] is not node:
+        return node, None
+    between = layer.node.next
+    while between is not last:
+        if _writes(between) and between not in (node, users[0]):
+            return node, None
+        between = between.next
+    return users[0], others[0]
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether the operator changes one of its inputs, or is one of which that cannot be told."""
+    if node.op != "call_function":
+        return False
+    return node.target._schema.is_mutable if isinstance(node.target, torch._ops.OpOverload) else False
 
 
 def _affine(graph: Graph, layer: Layer, state: Mapping[str, Tensor]) -> Affine:

@@ -81,12 +81,12 @@ constexpr int most() {
 #endif
 }
 
-// All `wide` columns of a tile, N vectors at a time, and fewer for what is left. Whole vectors are written.
+// All `wide` columns of a tile, N vectors at a time, and fewer for what is left: as many vectors are written as `wide` needs, and no more.
 template <int R, int N, class Where>
 inline void across(const float* x, const float* values, Where where, int64_t n, Out c, const float* bias, int64_t wide) {
   float* const begin = c.at;
   int64_t at = 0;
-  for (; wide - at > N / 2 * WIDTH; at += N * WIDTH, c.at = begin + at) block<R, N>(x + at, values, where, n, c, bias);
+  for (; wide - at > (N - 1) * WIDTH; at += N * WIDTH, c.at = begin + at) block<R, N>(x + at, values, where, n, c, bias);
   if constexpr (N > 1)
     if (at < wide) across<R, N / 2>(x + at, values, where, n, c, bias, wide - at);
 }

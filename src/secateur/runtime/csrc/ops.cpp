@@ -51,10 +51,13 @@ Matrix matrix(const Tensor& values, const Tensor& index, const Tensor& starts, c
   check(index, ScalarType::Short, "index");
   check(starts, ScalarType::Int, "starts");
   STD_TORCH_CHECK(r == 1 || r == 4 || r == 8, "secateur: blocks of ", r, " rows; there are 1, 4 and 8");
-  STD_TORCH_CHECK(rows > 0 && columns > 0 && set > 0 && set <= 65536, "secateur: rows, columns or set out of range");
+  constexpr int64_t MOST = int64_t(1) << 40;  // so that sets times blocks can be counted
+  STD_TORCH_CHECK(rows > 0 && rows < MOST && columns > 0 && columns < MOST && set > 0 && set <= 65536, "secateur: rows, columns or set out of range");
   Matrix m{values.const_data_ptr<float>(), reinterpret_cast<const uint16_t*>(index.const_data_ptr<int16_t>()), starts.const_data_ptr<int32_t>(),
            nullptr, rows, columns, set, static_cast<int32_t>(r), relu};
-  const int64_t count = m.sets() * m.blocks(), n = index.numel();
+  int64_t count;
+  const int64_t n = index.numel();
+  STD_TORCH_CHECK(!__builtin_mul_overflow(m.sets(), m.blocks(), &count), "secateur: rows, columns or set out of range");
   STD_TORCH_CHECK(starts.numel() == count + 1 && values.numel() == n * r, "secateur: values, index and starts do not belong together");
   STD_TORCH_CHECK(m.starts[0] == 0 && m.starts[count] == n, "secateur: starts do not span the index");
   for (int64_t i = 0; i < count; i++) STD_TORCH_CHECK(m.starts[i] <= m.starts[i + 1], "secateur: starts go back");
@@ -191,9 +194,13 @@ Tensor sparse_decode(Tensor x, Tensor values, Tensor masks, Tensor starts, std::
   check(values, half ? ScalarType::BFloat16 : ScalarType::Float, "values");
   check(masks, ScalarType::Int, "masks");
   check(starts, ScalarType::Long, "starts");
-  STD_TORCH_CHECK(rows > 0 && columns > 0 && x.dim() > 0 && x.size(x.dim() - 1) == columns, "secateur: x has other columns than the weight");
+  constexpr int64_t MOST = int64_t(1) << 40;
+  STD_TORCH_CHECK(rows > 0 && rows < MOST && columns > 0 && columns < MOST && x.dim() > 0 && x.size(x.dim() - 1) == columns,
+                  "secateur: x has other columns than the weight");
   const int64_t blocks = (rows + 7) / 8, chunks = (columns + 31) / 32, tokens = x.numel() / columns;
-  STD_TORCH_CHECK(masks.numel() == blocks * chunks * 8 && starts.numel() == blocks + 1, "secateur: masks and starts do not belong together");
+  int64_t bits;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(blocks, chunks * 8, &bits), "secateur: rows or columns out of range");
+  STD_TORCH_CHECK(masks.numel() == bits && starts.numel() == blocks + 1, "secateur: masks and starts do not belong together");
   Bits m{values.const_data_ptr(), reinterpret_cast<const uint32_t*>(masks.const_data_ptr<int32_t>()), starts.const_data_ptr<int64_t>(), nullptr, rows,
          columns, half};
   STD_TORCH_CHECK(m.starts[0] == 0 && m.starts[blocks] == values.numel() - 32, "secateur: starts do not span the values");
