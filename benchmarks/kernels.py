@@ -91,7 +91,7 @@ def onnx_way(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
 def pause() -> None:
     """After ONNX Runtime, whose threads keep looking for work for a while when they have done theirs: what comes next would share a core. Other
     work in the meantime, since a core that sleeps is slow to wake."""
-    end = time.perf_counter() + 0.005
+    end = time.perf_counter() + 0.05
     while time.perf_counter() < end:
         torch.ones(64, 64) @ torch.ones(64, 64)
 

@@ -133,11 +133,22 @@ def recovered(rows: list[dict[str, Any]]) -> Rows:
         yield "CIFAR-10, trained back (1 seed), top-1", "; ".join(cells)
 
 
+def regularised(data: dict[str, Any]) -> Rows:
+    """benchmarks/results/generalise.json: the share chosen by validation data, and early stopping, against the dense network trained as long."""
+    cells = []
+    for name, found in data["settings"].items():
+        figures = ["{mean:+.1f} ± {half:.1f}".format(**{k: 100 * v for k, v in found["summary"][way]["against_dense"].items()}) for way in ("chosen", "stopped")]
+        if "wide" in name or name.endswith("_40"):
+            cells.append(f"{name.replace('_', ' ').replace(' 40', ', 40 % random labels')} **{figures[0]}** (early stopping {figures[1]})")
+    yield f"pruning as a regulariser, points of test accuracy, 95 % intervals over {data['seeds']} seeds", "; ".join(cells)
+
+
 SOURCES: dict[str, tuple[str, Callable[[Any], Rows]]] = {
     "zoo.json": ("make zoo", coverage),
     "speed.json": ("make bench", speed),
     "kernels.json": ("python -m benchmarks.kernels", kernels),
     "sparse_models.json": ("python -m benchmarks.sparse_models", networks),
+    "generalise.json": ("python -m benchmarks.generalise", regularised),
     "recover.json": ("python -m benchmarks.recover", recovered),
 }
 
