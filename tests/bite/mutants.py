@@ -666,8 +666,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         'the batch norms of a graph stay at rest',
         'secateur/recover/modes.py',
-        '"batch_norm": 5, ',
-        '',
+        'TRAINS = {"batch_norm": (5, 3), ',
+        "TRAINS = {",
         ('tests/recover/test_command.py',),
     ),
     Mutant(
