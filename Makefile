@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml Makefile
 	@touch $@
 
 $(ZOO_STAMP): $(STAMP)
-	@$(PIP) 'transformers==5.23.0'
+	@$(PIP) 'transformers==5.23.0' accelerate
 	@$(PIP) --no-deps torch-pruning==1.6.1
 	@touch $@
 
