@@ -354,6 +354,18 @@ def test_every_row_comes_once_in_an_epoch_in_an_order_of_its_own():
     assert torch.equal(torch.cat(parts), orders[0][:8]) and {len(p) for p in parts} == {2, 3}
 
 
+def test_epochs_of_a_run_have_orders_of_their_own():
+    seen = []
+
+    def loss(output, labels):
+        seen.append(labels.clone())
+        return F.cross_entropy(output, labels)
+
+    recover(net(), rows(), Training(epochs=2), loss=loss)
+    first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
+    assert not torch.equal(first, second) and torch.equal(first.sort().values, second.sort().values)
+
+
 def test_augmented_images_are_moved_ones():
     torch.manual_seed(0)
     x = torch.rand(40, 2, 8, 8) + 1

@@ -98,7 +98,7 @@ def test_convolution_is_the_dense_one_for_any_window(images, channels, filters, 
 @pytest.mark.parametrize("r", [1, 4, 8])
 def test_one_pixel_windows_write_their_pixels_and_no_others(r, isa):
     w = matrix(9, 5, 0.3, r)
-    layout = Layout.of(w, r)
+    layout = Layout.of(w, r, 2)  # three sets of columns
     for pixels in range(1, 200):
         x, plus = torch.randn(1, 5, 1, pixels), torch.randn(1, 9, 1, pixels)
         found = conv(layout, x, [1, 1, 1, 1, 0, 0, 1, 1], isa=isa, plus=plus)

@@ -3,10 +3,18 @@
     recover      training by us: distillation, checkpoints, one process or many
     Schedule     zeros that come, and move, during your own training
     penalties    sparse training before the cut
+    generalise   train and test gap, calibration, noise
 """
 
 from secateur.recover.callbacks import lightning_callback as lightning_callback
 from secateur.recover.callbacks import trainer_callback as trainer_callback
+from secateur.recover.generalise import Generalisation as Generalisation
+from secateur.recover.generalise import Quality as Quality
+from secateur.recover.generalise import generalisation as generalisation
+from secateur.recover.generalise import interval as interval
+from secateur.recover.generalise import noisy as noisy
+from secateur.recover.generalise import paired as paired
+from secateur.recover.generalise import quality_of as quality_of
 from secateur.recover.gradual import Gradual as Gradual
 from secateur.recover.loop import Recovered as Recovered
 from secateur.recover.loop import recover as recover
