@@ -137,7 +137,8 @@ def regularised(data: dict[str, Any]) -> Rows:
     """benchmarks/results/generalise.json: the share chosen by validation data, and early stopping, against the dense network trained as long."""
     cells = []
     for name, found in data["settings"].items():
-        figures = ["{mean:+.1f} ± {half:.1f}".format(**{k: 100 * v for k, v in found["summary"][way]["against_dense"].items()}) for way in ("chosen", "stopped")]
+        ways = [found["summary"][way]["against_dense"] for way in ("chosen", "stopped")]
+        figures = [f"{100 * way['mean']:+.1f} ± {100 * way['half']:.1f}" for way in ways]
         if "wide" in name or name.endswith("_40"):
             cells.append(f"{name.replace('_', ' ').replace(' 40', ', 40 % random labels')} **{figures[0]}** (early stopping {figures[1]})")
     yield f"pruning as a regulariser, points of test accuracy, 95 % intervals over {data['seeds']} seeds", "; ".join(cells)
