@@ -19,6 +19,7 @@ from secateur.runtime.fold import fold as folded
 from secateur.runtime.forms import DENSE, formed, forms_for, in_turns, zeros_of
 from secateur.runtime.layers import Fused, why_not
 from secateur.runtime.ops import available
+from secateur.runtime.semi import is_two_of_four
 
 LEAST = 0.3  # share of zeros below which a layer stays dense unseen
 GAIN = 0.97  # of the dense time: what a sparse layer takes at most
@@ -104,6 +105,9 @@ def convert(
             if layer is not None:
                 _put(made, name, layer)
         made = pooled(chained(made)) if isinstance(made, fx.GraphModule) and fold else made
+    paired = sum(zeros_of(m) > 0 and is_two_of_four(m.weight) for m in made.modules() if type(m) is nn.Linear)
+    if paired and not torch.cuda.is_available():
+        notes.append(f"{paired} linear layers left dense are 2:4, which GPUs compute quicker; there is none here")
     if not choices and isinstance(model, fx.GraphModule) and not fold:
         notes.append("this model is a graph of operators, not of layers: fold=True finds its layers")
     _compared(model, made, args, kwargs)
@@ -160,7 +164,7 @@ def _own(given: Any) -> Any:
 def _chosen(name: str, layer: nn.Module, given: tuple[Tensor, ...], rounds: int) -> tuple[Choice, nn.Module | None]:
     """The quickest form of a layer on its input."""
     zeros, forms = zeros_of(layer), forms_for(layer, given[0])
-    made = [formed(layer, form) for form in forms]
+    made = [formed(layer, form, given[0]) for form in forms]
     dense, *times = in_turns([_call(f, given) for f in (layer, *made)], rounds, SECONDS)
     quickest = min(range(len(forms)), key=times.__getitem__)
     if times[quickest] > GAIN * dense:

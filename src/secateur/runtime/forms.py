@@ -14,9 +14,11 @@ from secateur.errors import InputError
 from secateur.runtime.decode import TOKENS, DecodeLinear
 from secateur.runtime.layers import inner, sparse, why_not
 from secateur.runtime.layout import ROWS, Layout
+from secateur.runtime.semi import TOKENS as MANY
+from secateur.runtime.semi import semi_structured, why_not_semi
 
-DENSE, BITS = "dense", "bits"
-FORMS = (DENSE, *(f"{r}x1" for r in ROWS), BITS)  # blocks of rows that share their columns; a bit for every weight
+DENSE, BITS, SEMI = "dense", "bits", "2:4"
+FORMS = (DENSE, *(f"{r}x1" for r in ROWS), BITS, SEMI)  # blocks of rows that share their columns; a bit for every weight; on GPUs
 
 
 def zeros_of(layer: nn.Module) -> float:
@@ -28,6 +30,8 @@ def zeros_of(layer: nn.Module) -> float:
 def forms_for(layer: nn.Module, x: Tensor) -> list[str]:
     """The forms that a layer may take for such an input."""
     weight = inner(layer).get_parameter("weight").flatten(1)
+    if x.device.type == "cuda":
+        return [] if why_not_semi(layer, x) else [SEMI]
     few = type(layer) is nn.Linear and x.numel() <= TOKENS * weight.shape[1]
     bits = [BITS] if few and x.dtype == weight.dtype in (torch.float32, torch.bfloat16) else []
     if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
@@ -36,8 +40,8 @@ def forms_for(layer: nn.Module, x: Tensor) -> list[str]:
     return [f"{r}x1" for r, n in stored.items() if n <= max(2 * min(stored.values()), 1)] + bits
 
 
-def formed(layer: nn.Module, form: str) -> nn.Module:
-    """A layer in another form; its tensors are ordinary ones, wherever this is called.
+def formed(layer: nn.Module, form: str, x: Tensor | None = None) -> nn.Module:
+    """A layer in another form; its tensors are ordinary ones, wherever this is called. `x`: an input of it, which "2:4" is checked for.
 
     Raises:
         InputError: there is no such form, or not of this layer.
@@ -45,6 +49,9 @@ def formed(layer: nn.Module, form: str) -> nn.Module:
     if form not in FORMS:
         raise InputError(f"form {form!r}: there are {', '.join(FORMS)}.\n  Choose one of them.")
     with torch.inference_mode(False), torch.no_grad():
+        if form == SEMI:
+            many = torch.empty(MANY, layer.get_parameter("weight").shape[-1], dtype=layer.get_parameter("weight").dtype, device="meta")
+            return semi_structured(layer, many if x is None else x)
         if form == BITS:
             if type(layer) is not nn.Linear or why_not(layer):
                 why = why_not(layer) or "only linear layers have"
