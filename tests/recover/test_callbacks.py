@@ -37,6 +37,7 @@ def trained(callback, model, folder, epochs=3):
 
 
 def test_a_hugging_face_trainer_keeps_the_zeros(tmp_path):
+    pytest.importorskip("transformers")
     torch.manual_seed(0)
     result = sc.sparsify(Net().eval(), (torch.randn(2, 8),), sc.Sparse(keep="30%", by="magnitude", refit=False))
     before = result.model.a.weight.detach().clone()
@@ -47,6 +48,7 @@ def test_a_hugging_face_trainer_keeps_the_zeros(tmp_path):
 
 
 def test_a_hugging_face_trainer_follows_a_schedule(tmp_path):
+    pytest.importorskip("transformers")
     torch.manual_seed(0)
     net, made = Net(), []
 
@@ -58,6 +60,36 @@ def test_a_hugging_face_trainer_follows_a_schedule(tmp_path):
     trained(trainer_callback(start), net, tmp_path)
     assert made[0].step == 24 and made[0].sparsity == pytest.approx(0.75, abs=0.02)
     assert float((net.a.weight == 0).float().mean()) == pytest.approx(0.75, abs=0.02)
+
+
+def test_a_hugging_face_trainer_that_goes_on_follows_the_same_schedule(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    transformers = import_transformers()
+
+    def run(folder, stop):
+        torch.manual_seed(0)
+        net, made = Net(), []
+
+        def start(model, optimizer, steps):
+            made.append(Schedule(model, optimizer, Gradual(keep="25%", budget="uniform"), steps))
+            return made[0]
+
+        class Stop(transformers.TrainerCallback):
+            def on_step_end(self, args, state, control, **given):
+                control.should_training_stop = state.global_step == stop
+
+        options = transformers.TrainingArguments(str(folder), num_train_epochs=3, report_to=[], use_cpu=True, save_strategy="steps", save_steps=4,
+                                                 disable_tqdm=True, learning_rate=0.01)  # fmt: skip
+        trainer = transformers.Trainer(net, options, train_dataset=rows(), callbacks=[trainer_callback(start), Stop()])
+        trainer.train(resume_from_checkpoint=bool(list(folder.glob("checkpoint-*"))))
+        return net, made[0]
+
+    whole, schedule = run(tmp_path / "whole", -1)
+    run(tmp_path / "parts", 8)
+    parts, again = run(tmp_path / "parts", -1)
+    assert again.step == schedule.step == 24 and again.sparsity == schedule.sparsity
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
 
 
 def test_lightning_keeps_the_zeros(tmp_path):
