@@ -23,7 +23,7 @@ import secateur as sc
 from secateur.models import load_data
 from secateur.models.digits import trained_digits_net
 
-EPOCHS = 60
+EPOCHS = 240
 
 
 def command(folder: Path, out: Path) -> list[str]:
