@@ -44,7 +44,7 @@ def top1(task: Task, model: nn.Module) -> float:
 
 
 def cut(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    name = f"{task.name}-{options.share}-{options.method.replace('/', '_')}-{seed}"
+    name = f"{task.name}-{options.share}-{options.method.replace('/', '_')}-{options.epochs:g}-{seed}"
     BUILD.mkdir(parents=True, exist_ok=True)
     kept = BUILD / f"{name}.pt"
     begin = time.monotonic()
