@@ -6,18 +6,15 @@ afterwards, in turns; `results/convert.json` has medians in seconds, without and
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks import threads
 from benchmarks.kernels import pruned
-from benchmarks.no_training.__main__ import versions
 from benchmarks.sparse_models import MODELS
 from secateur.runtime import convert
 from secateur.runtime.convert import in_turns
@@ -48,18 +45,9 @@ def measured(name: str, fold: bool, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--model", nargs="+", default=list(MODELS), choices=list(MODELS))
-    options = parser.parse_args()
-    found: dict[str, Any] = {}
+    given = threads.options(__doc__, 21, model={"nargs": "+", "default": list(MODELS), "choices": list(MODELS)})
     with torch.no_grad():
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            found[str(threads)] = [measured(name, fold, options.rounds) for name in options.model for fold in (False, True)]
-            facts = {"zeros": ZEROS, "rounds": options.rounds, "load_average": os.getloadavg(), "versions": versions(), "threads": found}
-            RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
+        threads.measured(RESULTS, given, lambda: [measured(n, fold, given.rounds) for n in given.model for fold in (False, True)], zeros=ZEROS)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,6 @@ torch.compile; sparse is `runtime.convert` at 50, 70 and 90 % of zeros. In turns
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.no_training.__main__ import versions
+from benchmarks import threads
 from secateur.runtime import convert
 from secateur.runtime.convert import in_turns
 
@@ -77,19 +74,9 @@ def measured(layers: int, rounds: int, shares: list[float]) -> list[dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--zeros", nargs="+", type=float, default=list(ZEROS))
-    options = parser.parse_args()
-    found: dict[str, Any] = {}
+    given = threads.options(__doc__, 15, layers={"type": int, "default": 16}, zeros={"nargs": "+", "type": float, "default": list(ZEROS)})
     with torch.no_grad():
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            found[str(threads)] = measured(options.layers, options.rounds, options.zeros)
-            facts = {"rounds": options.rounds, "load_average": os.getloadavg(), "versions": versions(), "threads": found}
-            RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
+        threads.measured(RESULTS, given, lambda: measured(given.layers, given.rounds, given.zeros))
 
 
 if __name__ == "__main__":

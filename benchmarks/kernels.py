@@ -7,9 +7,6 @@ Runtime; sparse at 50, 70, 90 and 95 % of zeros, single weights and blocks of 4 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
 import tempfile
 import time
@@ -20,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.no_training.__main__ import versions
+from benchmarks import threads
 from secateur.runtime import sparse
 from secateur.runtime.convert import in_turns
 
@@ -147,21 +144,16 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    options = parser.parse_args()
-    found = {}
+    given = threads.options(__doc__, 15, shape={"nargs": "+", "default": list(SHAPES), "choices": list(SHAPES)})
+
+    def rows() -> dict[str, Any]:
+        found = [row for name in given.shape for row in measured(name, given.rounds)]
+        for row in summary(found):
+            print(torch.get_num_threads(), row, flush=True)
+        return {"summary": summary(found), "rows": found}
+
     with torch.inference_mode():
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            rows = [row for name in options.shape for row in measured(name, options.rounds)]
-            found[str(threads)] = {"summary": summary(rows), "rows": rows}
-            for row in found[str(threads)]["summary"]:
-                print(threads, row, flush=True)
-            facts = {"rounds": options.rounds, "load_average": os.getloadavg(), "versions": versions(), "threads": found}
-            RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
+        threads.measured(RESULTS, given, rows)
 
 
 if __name__ == "__main__":

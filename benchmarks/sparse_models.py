@@ -8,10 +8,7 @@ All ways are timed in turns in one process.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import threads
 from benchmarks.kernels import onnx_way, pause, pruned
-from benchmarks.no_training.__main__ import versions
 from secateur.models.vision import import_torchvision
 from secateur.runtime import convert
 from secateur.runtime.convert import in_turns
@@ -113,18 +110,9 @@ def measured(name: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--model", nargs="+", default=list(MODELS), choices=list(MODELS))
-    options = parser.parse_args()
-    found: dict[str, Any] = {}
+    given = threads.options(__doc__, 9, model={"nargs": "+", "default": list(MODELS), "choices": list(MODELS)})
     with torch.no_grad():
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            found[str(threads)] = [row for name in options.model for row in measured(name, options.rounds)]
-            facts = {"rounds": options.rounds, "load_average": os.getloadavg(), "versions": versions(), "threads": found}
-            RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
+        threads.measured(RESULTS, given, lambda: [row for name in given.model for row in measured(name, given.rounds)])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from secateur.models.quality import accuracy
 from secateur.plan import Plan
 from secateur.recover import Training
 from secateur.recover import recover as trained
+from secateur.recover.checkpoint import state_of
 from secateur.shell import Debug, Json, Seed, Source, given_data, show, working
 
 
@@ -65,10 +66,11 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
         test = Cast(model, held.test) if held.labelled else None
         before = _accuracy(model, test)
     found = _trained(model, held, how, (Plan.from_json(saved.document["plan"]), dense, to), not as_json and main)
+    state = state_of(model)  # of weights spread over processes, all of them have to take part
     accuracies = {**before, **_accuracy(model, test, "recovered")}
     facts = {**found.to_json(), "training": how.to_json(), "teacher": teacher, "data": data, "accuracy": accuracies}
     if main:
-        save_trained(saved, model, to, facts)
+        save_trained(saved, state, to, facts)
         shutil.rmtree(_steps(to), ignore_errors=True)
         if as_json:
             show({"folder": str(to), **facts})

@@ -141,6 +141,24 @@ def written(pattern: Pattern, transposed: bool = False, groups: int = 1) -> str:
     )
 
 
+def share_of(keep: str | float | Fraction | None, pattern: Pattern, example: str) -> Fraction:
+    """The share that stays, as an exact number: the one given, or that of an N:M pattern. `example`: of a share, for the message.
+
+    Raises:
+        InputError: no share is given, or one beside an N:M pattern that is another, or it is none; no pattern.
+    """
+    if not isinstance(pattern, (Free, NM, Block, Kernels)):
+        raise InputError(f"pattern={pattern!r} is no pattern.\n  Pass sc.Free(), sc.NM(2, of=4), sc.Block(4, 1) or sc.Kernels().")
+    if isinstance(pattern, NM):
+        own = Fraction(pattern.n, pattern.of)
+        if keep is not None and share(keep) != own:
+            raise InputError(f"keep={keep!r} beside the pattern {pattern}, which keeps {float(100 * own):g} %.\n  Leave keep out.")
+        return own
+    if keep is None:
+        raise InputError(f"the pattern {pattern} does not say how much stays.\n  Pass keep='{example}'.")
+    return share(keep)
+
+
 def share(keep: str | float | Fraction, dense: bool = False) -> Fraction:
     """The share of weights that stays: "10%", 0.1 or a fraction, as an exact number. `dense`: all of them is a share too.
 

@@ -35,7 +35,7 @@ from secateur.measure.checks import check
 from secateur.measure.count import count
 from secateur.measure.proof import require
 from secateur.mend import Progress, Result, study_of
-from secateur.pattern import FREE, NM, Block, Free, Kernels, Pattern, share, written
+from secateur.pattern import FREE, NM, Pattern, share_of, written
 from secateur.plan import Plan
 from secateur.repair import changed, proven, put_into
 from secateur.repair.layers import find_layers
@@ -78,19 +78,11 @@ class Sparse:
         Raises:
             InputError: no share is given, or one beside an N:M pattern, or it is none.
         """
-        if not isinstance(self.pattern, (Free, NM, Block, Kernels)):
-            raise InputError(f"pattern={self.pattern!r} is no pattern.\n  Pass sc.Free(), sc.NM(2, of=4), sc.Block(4, 1) or sc.Kernels().")
+        found = share_of(self.keep, self.pattern, "10%")
         if self.permute and not isinstance(self.pattern, NM):
             raise InputError(f"permute=True beside the pattern {self.pattern}, for which the order of inputs is not searched.\n"
                              "  Leave permute out, or use an N:M pattern.")  # fmt: skip
-        if isinstance(self.pattern, NM):
-            own = Fraction(self.pattern.n, self.pattern.of)
-            if self.keep is not None and share(self.keep) != own:
-                raise InputError(f"keep={self.keep!r} beside the pattern {self.pattern}, which keeps {float(100 * own):g} %.\n  Leave keep out.")
-            return own
-        if self.keep is None:
-            raise InputError(f"the pattern {self.pattern} does not say how much stays.\n  Pass keep='10%'.")
-        return share(self.keep)
+        return found
 
 
 def sparsify(

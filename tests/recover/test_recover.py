@@ -11,9 +11,10 @@ from torch import nn
 import secateur as sc
 from secateur.errors import DataError, FormatError, InputError, TrainingError
 from secateur.models.data import Batches
+from secateur.models.folder import read, save_trained
 from secateur.recover import Training, recover
 from secateur.recover import loss as losses
-from secateur.recover.checkpoint import FILE
+from secateur.recover.checkpoint import FILE, state_of
 from secateur.recover.order import Order, augmented, part_of
 
 
@@ -377,3 +378,21 @@ def test_augmented_images_are_moved_ones():
         options = [p[:, a : a + 8, b : b + 8] for p in (padded[i], padded[i].flip(-1)) for a in range(3) for b in range(3)]
         assert any(torch.equal(moved[i], o) for o in options)
     assert torch.equal(augmented(x, "flip_crop", 1), moved) and torch.equal(augmented(x, "none", 1), x)
+
+
+def test_classes_of_images_are_their_second_dimension_also_where_sizes_agree():
+    torch.manual_seed(0)
+    scores, labels = torch.randn(2, 5, 5, 5), torch.randint(0, 5, (2, 5, 5))
+    assert torch.equal(losses.task_loss(scores, labels), F.cross_entropy(scores, labels))
+    words, next_words = torch.randn(2, 5, 5), torch.randint(0, 5, (2, 5))
+    assert torch.equal(losses.task_loss(words, next_words), F.cross_entropy(words.flatten(0, 1), next_words.flatten()))
+
+
+def test_a_folder_is_not_written_with_weights_under_its_mask(tmp_path):
+    result = masked(net(), rows().inputs[:2])
+    saved = read(sc.save(result, tmp_path / "out"))
+    state = state_of(result.model)
+    state["layers.0.weight"] += 1.0
+    with pytest.raises(FormatError, match=r"layers.0.weight: \d+ weights that the plan removed are not zero"):
+        save_trained(saved, state, tmp_path / "to", {})
+    assert not (tmp_path / "to").exists()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import FormatError, InputError
+from secateur.masks.exact import wrong_zeros
 from secateur.models import graph_file, recipe
 from secateur.models.atomic import GRAPH, MARK, TENSORS, backup, replace_folder, sha256
 from secateur.models.example import describe, rebuild
@@ -108,17 +109,18 @@ def save(result: Result, folder: str | Path, packed: bool = True, entropy: bool 
     return folder
 
 
-def save_trained(saved: Saved, model: nn.Module, folder: str | Path, facts: Mapping[str, Any]) -> Path:
-    """Write a folder anew with the tensors that `model`, which was loaded from it, has now.
+def save_trained(saved: Saved, held: Mapping[str, Tensor], folder: str | Path, facts: Mapping[str, Any]) -> Path:
+    """Write a folder anew with the tensors that the model loaded from it has now.
 
     Args:
-        saved: what `read` gave. facts: JSON values for `plan.json` under "recovered".
+        saved: what `read` gave. held: every parameter and buffer by name, whole, tied ones once.
+        facts: JSON values for `plan.json` under "recovered".
 
     Raises:
-        FormatError: the model has other tensors than the folder, or the disk is full. What was there before is unchanged.
+        FormatError: other tensors than the folder's, weights that its plan removed and that are not zero, or the disk is full. What was there
+            before is unchanged.
     """
     folder, document, aliases = _path(folder), saved.document, saved.document["aliases"]
-    held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     stored: dict[str, Tensor] = {}
     for name, entry in document["tensors"].items():
         if name in aliases:
@@ -127,6 +129,8 @@ def save_trained(saved: Saved, model: nn.Module, folder: str | Path, facts: Mapp
         if list(stored[name].shape) != entry["shape"] or (name not in held and entry["kind"] != "constant"):
             raise FormatError(f"{name!r} is not in the model as it was in {saved.folder}.\n  Pass the model that was loaded from there.")
     plan = Plan.from_json(document["plan"])
+    if wrong := wrong_zeros({n: stored[aliases.get(n, n)] for n in plan.weights}, plan.weights):
+        raise FormatError(f"{wrong[0]}.\n  Train it with its zeros held: recover(..., plan=plan), or sc.hold.")
 
     def fill(fresh: Path) -> None:
         packed = document["format"] == PACKED

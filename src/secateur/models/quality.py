@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def scored(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, T
             continue
         labels = _whole(labels)
         try:
-            scores = _scores(forward(model, (inputs.to(where.device, where.dtype if inputs.is_floating_point() else None),)))
+            scores = scores_of(forward(model, (inputs.to(where.device, where.dtype if inputs.is_floating_point() else None),)))
         except InputError as error:
             raise DataError(f"A batch of the data does not fit. {error}") from error
         if scores.dim() != 2 or len(scores) != len(labels) or int(labels.max()) >= scores.shape[1]:
@@ -67,11 +67,11 @@ def _whole(labels: Any) -> Tensor:
     return labels.long()
 
 
-def _scores(output: Any) -> Tensor:
-    """The class scores in whatever the model returns: a tensor, `logits`, `out`, or the first of a tuple."""
+def scores_of(output: Any) -> Any:
+    """The class scores in whatever a model returns: a tensor, `logits`, `out`, or the first of a tuple."""
     for name in ("logits", "out"):
-        if isinstance(output, dict) and name in output:
+        if isinstance(output, Mapping) and name in output:
             return output[name]
-    if isinstance(output, (tuple, list)):
-        return output[0]
-    return output
+        if not isinstance(output, (Tensor, tuple, list)) and hasattr(output, name):
+            return getattr(output, name)
+    return output[0] if isinstance(output, (tuple, list)) else output

@@ -102,18 +102,14 @@ def read(folder: Path, settings: Mapping[str, Any], begun: str) -> dict[str, Any
         raise FormatError(f"{path} cannot be read: {str(error).splitlines()[0][:200]}.\n  Remove it; training begins anew then.") from error
     if not isinstance(held, dict) or held.get("format") != FORMAT:
         raise FormatError(f"{path} is no checkpoint of this version.\n  Remove it; training begins anew then.")
-    before = json.loads(held["settings"])
-    if before != json.loads(json.dumps(settings)):
-        odd = sorted(k for k in {*before, *settings} if before.get(k) != json.loads(json.dumps(settings)).get(k))
+    before, now = json.loads(held["settings"]), json.loads(json.dumps(settings))
+    if before != now:
+        odd = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
         raise InputError(f"{path} is of a run with other settings: {', '.join(f'{k} was {before.get(k)!r}' for k in odd[:3])}.\n"
                          "  Use them again, or another folder.")  # fmt: skip
     if begun not in (held["begun"], digest(held["model"])):
         raise InputError(f"{path} is of a run that began with other weights than these.\n  Pass the model that it began with, or use another folder.")
     return held
-
-
-def text(settings: Mapping[str, Any]) -> str:
-    return json.dumps(settings)
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

@@ -55,16 +55,16 @@ class Processes(Engine):
         self.shard = shard
 
     def wrapped(self, model: nn.Module) -> nn.Module:
+        model.to(self.own.device)
         if self.shard:
             return _sharded(model)
-        model.to(self.own.device)
         return self.own.prepare_model(model)
 
     def backward(self, loss: Tensor) -> None:
         self.own.backward(loss)
 
     def mean(self, number: float) -> float:
-        return float(self.own.reduce(torch.tensor(number, dtype=torch.float64), "mean"))
+        return float(self.own.reduce(torch.tensor(number, dtype=torch.float64, device=self.own.device), "mean"))
 
     def any(self, here: bool) -> bool:
         return self.mean(float(here)) > 0
@@ -74,7 +74,13 @@ class Processes(Engine):
 
 
 def _sharded(model: nn.Module) -> nn.Module:
-    """The model with its weights spread over the processes, in place: every block of a list of layers by itself, then the rest."""
+    """The model with its weights spread over the processes, in place: every block of a list of layers by itself, then the rest.
+
+    Raises:
+        InputError: it is a captured graph, whose calls FSDP cannot wrap.
+    """
+    if any(isinstance(m, torch.fx.GraphModule) for m in model.modules()):
+        raise InputError("a captured graph cannot be spread over processes.\n  Pass the model of its own class (--factory), or leave shard out.")
     from torch.distributed.fsdp import fully_shard
 
     for module in model.modules():

@@ -25,7 +25,7 @@ from typing import Literal
 
 from secateur.errors import InputError
 from secateur.masks import BUDGETS
-from secateur.pattern import FREE, NM, Block, Free, Kernels, Pattern, share
+from secateur.pattern import FREE, Free, Pattern, share_of
 
 Kind = Literal["one_shot", "iterative", "cubic", "one_cycle", "static", "rigl", "set", "ac_dc"]
 REGROWING = ("rigl", "set")
@@ -101,16 +101,7 @@ class Gradual:
         Raises:
             InputError: no share is given, or one beside an N:M pattern, or it is none; no pattern.
         """
-        if not isinstance(self.pattern, (Free, NM, Block, Kernels)):
-            raise InputError(f"pattern={self.pattern!r} is no pattern.\n  Pass sc.Free(), sc.NM(2, of=4), sc.Block(4, 1) or sc.Kernels().")
-        if isinstance(self.pattern, NM):
-            own = Fraction(self.pattern.n, self.pattern.of)
-            if self.keep is not None and share(self.keep) != own:
-                raise InputError(f"keep={self.keep!r} beside the pattern {self.pattern}, which keeps {float(100 * own):g} %.\n  Leave keep out.")
-            return own
-        if self.keep is None:
-            raise InputError(f"the pattern {self.pattern} does not say how much stays.\n  Pass keep='5%'.")
-        return share(self.keep)
+        return share_of(self.keep, self.pattern, "5%")
 
     def over(self, steps: int) -> Timeline:
         """What happens when, in a training of so many steps of the optimizer.

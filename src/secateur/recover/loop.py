@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.errors import DataError, TrainingError
 from secateur.masks.hold import Hold, hold
-from secateur.models.quality import accuracy
+from secateur.models.quality import accuracy, scores_of
 from secateur.plan import Plan
 from secateur.recover import checkpoint, modes
 from secateur.recover import loss as losses
@@ -58,7 +59,7 @@ def recover(  # noqa: PLR0913  # the one call; every parameter is a choice of it
 
     Raises:
         TrainingError: the loss or a gradient is not finite; the model is as it was at the last checkpoint.
-        DataError: the data fails, or does not fit. What was reached is in `folder`.
+        DataError: the data fails, and what was reached is in `folder` (of several processes the last checkpoint); or it does not fit.
         InputError, FormatError: a checkpoint of another run, or one that cannot be read or written.
     """
     run = Run(model, Order(data, (how or Training()).batch, (how or Training()).seed), how or Training(), engine((how or Training()).shard))
@@ -146,11 +147,11 @@ class Run:
                 try:
                     batch = next(batches)
                 except StopIteration:
+                    self._rescued(settings, folder)
                     raise DataError(f"The data ended after {self.step % each} of {each} batches in epoch {number}.\n"
                                     "  Give data that is the same every time.") from None  # fmt: skip
                 except Exception as error:  # a user's loader may raise anything
-                    self._save(settings, folder)
-                    where = f"in {folder}, from where the same call goes on" if folder else "in the model"
+                    where = self._rescued(settings, folder)
                     raise DataError(f"The data failed at batch {self.step % each} of epoch {number}: {type(error).__name__}: {error}.\n"
                                     f"  The {self.step} steps before are {where}.") from error  # fmt: skip
                 value = self._stepped(batch)
@@ -211,8 +212,8 @@ class Run:
             return own
         autocast = torch.autocast(place.type, torch.bfloat16, enabled=how.precision == "bfloat16")
         with torch.no_grad(), autocast, losses.outputs(self.teacher, self.inner) as theirs:
-            wanted = losses.logits(self.teacher(*args, **kwargs))
-        distilled = losses.distance(losses.logits(output), wanted, how.temperature)
+            wanted = scores_of(self.teacher(*args, **kwargs))
+        distilled = losses.distance(scores_of(output), wanted, how.temperature)
         value = distilled if own is None else how.distil * distilled + (1 - how.distil) * own
         return value + how.features * losses.apart(ours, theirs) if self.inner else value
 
@@ -264,12 +265,19 @@ class Run:
         if folder is None:
             return
         shadow = {n: checkpoint.full(t) for n, t in self.shadow.items()}
-        held = {"settings": checkpoint.text(settings), "begun": self.begun, "step": self.step, "total": self.total, "history": self.history,
+        held = {"settings": json.dumps(settings), "begun": self.begun, "step": self.step, "total": self.total, "history": self.history,
                 "seconds": self._seconds(), "model": self.good, "optimizer": checkpoint.optimizer_state(self.model, self.optimizer),
                 "shadow": shadow}  # fmt: skip
         if self.engine.rank == 0:
             checkpoint.write(folder, held)
         self.engine.wait()
+
+    def _rescued(self, settings: Mapping[str, Any], folder: Path | None) -> str:
+        """Save what there is, and say where. Not with several processes: the others may have no error, and would be waited for for ever."""
+        if self.engine.world > 1:
+            return "lost but for the last checkpoint"
+        self._save(settings, folder)
+        return f"in {folder}, from where the same call goes on" if folder else "in the model"
 
     def _seconds(self) -> float:
         return self.spent + time.monotonic() - self.began

@@ -11,34 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import DataError
+from secateur.models.quality import scores_of
 
 Loss = Callable[[Any, Any], Tensor]  # (what the model gives, the labels or the whole batch) -> a number
 IGNORED = -100  # a label that does not count, as Hugging Face has it
 
 
-def logits(output: Any) -> Tensor:
-    """The scores in whatever a model returns: a tensor, `logits`, `out`, or the first of a tuple."""
-    for name in ("logits", "out"):
-        if isinstance(output, Mapping) and name in output:
-            return output[name]
-        if not isinstance(output, (Tensor, tuple, list)) and hasattr(output, name):
-            return getattr(output, name)
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
 def task_loss(output: Any, labels: Tensor) -> Tensor:
-    """Cross-entropy of class numbers (over the last dimension of sequences, over the second of images), squared error of numbers.
+    """Cross-entropy of class numbers, squared error of numbers. Classes are the second dimension of images (N, C, H, W), else the last where that
+    fits, else the second: the same as in `distance`.
 
     Raises:
         DataError: labels that do not fit the output.
     """
-    scores = logits(output)
+    scores = scores_of(output)
     if labels.is_floating_point():
         if labels.shape != scores.shape:
             raise DataError(f"The model gives {tuple(scores.shape)} and the labels are numbers of {tuple(labels.shape)}.\n"
                             "  Give one for each output, or pass loss=.")  # fmt: skip
         return F.mse_loss(scores, labels)
-    if scores.dim() == labels.dim() + 1 and scores.shape[:-1] == labels.shape:
+    images = scores.dim() == 4 and (len(scores), *scores.shape[2:]) == tuple(labels.shape)  # also where all three are as long
+    if not images and scores.dim() == labels.dim() + 1 and scores.shape[:-1] == labels.shape:
         return F.cross_entropy(scores.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
     if scores.dim() == labels.dim() + 1 and (len(scores), *scores.shape[2:]) == tuple(labels.shape):
         return F.cross_entropy(scores.float(), labels, ignore_index=IGNORED)

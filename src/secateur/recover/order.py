@@ -25,8 +25,7 @@ class Order:
         self.size = batch or (data.size if whole else None)  # type: ignore[attr-defined]
         if not whole and batch is not None:
             raise DataError(f"batch={batch}, and the data is a {type(data).__name__} with batches of its own.\n  Set the size there.")
-        self.rows = len(data.inputs) if whole else None  # type: ignore[attr-defined]
-        self.steps = -(-self.rows // self.size) if whole else _length(data)  # type: ignore[operator]
+        self.steps = -(-len(data.inputs) // self.size) if isinstance(data, Batches) and self.size else _length(data)
         if not self.steps:
             raise DataError("The data is empty.\n  Give at least one batch.")
 

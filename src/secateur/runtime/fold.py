@@ -99,10 +99,10 @@ def _sum(layer: Layer, done: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether the operator changes one of its inputs, or is one of which that cannot be told."""
-    if node.op != "call_function":
-        return False
-    return node.target._schema.is_mutable if isinstance(node.target, torch._ops.OpOverload) else False
+    """Whether the operator changes one of its inputs, or is one (of higher order) of which that cannot be told."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
 def _affine(graph: Graph, layer: Layer, state: Mapping[str, Tensor]) -> Affine:
