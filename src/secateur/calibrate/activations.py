@@ -16,6 +16,7 @@ from secateur.calibrate.batches import Batch
 from secateur.calibrate.replay import Replay
 from secateur.calibrate.sites import Layer, consumers, sites
 from secateur.errors import DataError
+from secateur.processes import ALONE, Alone
 from secateur.trace import Graph
 from secateur.trace.call import module_of, op_name
 
@@ -98,6 +99,7 @@ class Observer:
         self.outputs: dict[tuple[fx.Node, int], _Sums] = {}
         self.inputs: dict[fx.Node, tuple[Layer, _Sums]] = {}
         self.columns: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        self.read_in = 0  # batches
         for name, nodes in self.sites.items():
             for node in nodes:
                 dim = _dim_of(graph.env[node], graph.axes[name])
@@ -109,19 +111,36 @@ class Observer:
         for (node, _), sums in self.outputs.items():
             self.watched.setdefault(node, []).append(sums)
 
-    def read(self, replay: Replay, data: Iterable[Batch]) -> int:
-        """Adds every batch; returns their number.
+    def read(self, replay: Replay, data: Iterable[Batch], processes: Alone = ALONE) -> int:
+        """Adds every batch; returns their number, over all processes, of which each has a share.
 
         Raises:
             DataError: no batch, or one whose activations are not finite: the message names the layer and the batch.
         """
         number = 0
         for batch in data:
-            number = batch.number
             replay.run(batch, partial(self._see, batch))
-        if not number:
+            number += 1
+        self._share(number, processes)
+        if not self.read_in:
             raise DataError("data holds no batch, so nothing can be learnt from it.\n  Pass at least one batch.")
-        return number
+        return self.read_in
+
+    def _share(self, number: int, processes: Alone) -> None:
+        """Sums over all processes in the place of those of this one."""
+        seen = {f"{node.name} {dim}": sums for (node, dim), sums in self.outputs.items()}
+        seen |= {f"into {node.name}": sums for node, (_, sums) in self.inputs.items()}
+        counts = {"batches": torch.tensor(number), **{name: torch.tensor(s.count) for name, s in seen.items()}}
+        counts = processes.total("activations, counts", counts)
+        found = processes.total("activations", {f"{name}: {n}": v for name, s in seen.items() for n, v in s.sums.items()})
+        for name, s in seen.items():
+            s.count, s.sums = int(counts[name]), {n: found[f"{name}: {n}"] for n in s.names if f"{name}: {n}" in found}
+        self.read_in = int(counts["batches"])
+        columns = {f"{node.name}: {i}": t for node, pair in self.columns.items() for i, t in enumerate(pair)}
+        columns = processes.lent("columns of weights", columns)
+        for node in self.inputs:
+            if f"{node.name}: 0" in columns:
+                self.columns[node] = columns[f"{node.name}: 0"], columns[f"{node.name}: 1"]
 
     def _see(self, batch: Batch, node: fx.Node, value: Any, of: Callable[[fx.Node], Any]) -> None:
         for sums in self.watched.get(node, ()):

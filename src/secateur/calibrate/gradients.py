@@ -17,6 +17,7 @@ from secateur.calibrate.batches import Batch, does_not_run
 from secateur.calibrate.loss import Loss, loss_of
 from secateur.errors import DataError, SecateurError
 from secateur.measure.run import at_rest
+from secateur.processes import ALONE, Alone
 from secateur.trace import Graph
 
 
@@ -58,11 +59,12 @@ def differentiable(model: nn.Module) -> Iterator[Mapping[str, Tensor]]:
                 p.requires_grad_(flag)
 
 
-def gradients(model: nn.Module, graph: Graph, data: Iterable[Batch], loss: Loss | None) -> Gradients:
-    """One forward and one backward pass per batch.
+def gradients(model: nn.Module, graph: Graph, data: Iterable[Batch], loss: Loss | None, processes: Alone = ALONE) -> Gradients:
+    """One forward and one backward pass per batch. `data` is the share of this process.
 
     Raises:
         DataError: no batch, no labels where they are needed, a loss or gradient that is not finite.
+        ProcessError: another process, which has a share of its own, stopped.
     """
     mean: dict[str, Tensor] = {}
     square: dict[str, Tensor] = {}
@@ -81,11 +83,14 @@ def gradients(model: nn.Module, graph: Graph, data: Iterable[Batch], loss: Loss 
                 for n, each in _per_unit(graph, products).items():
                     first[n] += batch.rows * each.abs()
                     second[n] += batch.rows * each.square()
-    _some(rows)
-    return Gradients(*({n: v / rows for n, v in sums.items()} for sums in (mean, square, first, second)))
+    each_row = {"E[g]": mean, "E[g^2]": square, "E|sum w g|": first, "E[(sum w g)^2]": second}
+    rows = _some(rows, processes)
+    return Gradients(*({n: v / rows for n, v in processes.total(f"gradients, {k}", own).items()} for k, own in each_row.items()))
 
 
-def curvature(model: nn.Module, data: Iterable[Batch], loss: Loss | None, along: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def curvature(
+    model: nn.Module, data: Iterable[Batch], loss: Loss | None, along: Mapping[str, Tensor], processes: Alone = ALONE
+) -> dict[str, Tensor]:
     """H v by parameter name: the Hessian of the mean loss of all rows times the direction `along`.
 
     Two backward passes per batch: grad(sum_p <grad_p L, v_p>).
@@ -104,8 +109,8 @@ def curvature(model: nn.Module, data: Iterable[Batch], loss: Loss | None, along:
                 for n, h in zip(parameters, _again(slope, parameters, batch), strict=True):
                     if h is not None:
                         out[n] = out.get(n, 0) + batch.rows * _wide(h)
-    _some(rows)
-    return {n: v / rows for n, v in out.items()}
+    rows = _some(rows, processes)
+    return {n: v / rows for n, v in processes.total("H g", out).items()}
 
 
 def _again(slope: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor | None, ...]:
@@ -180,6 +185,9 @@ def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def _some(rows: int) -> None:
+def _some(rows: int, processes: Alone) -> int:
+    """The rows of all processes."""
+    rows = int(processes.total("rows", {"rows": torch.tensor(rows)})["rows"])
     if not rows:
         raise DataError("data holds no batch, so no gradient can be taken.\n  Pass at least one batch.")
+    return rows

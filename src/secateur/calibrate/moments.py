@@ -4,7 +4,8 @@
 
 x is one row per token of a linear layer, or one row per output position of a convolution: its unfolded patch. Products of
 a chunk are formed in float32 and added up in float64; chunks are shifted by the first chunk's mean, so that nothing
-cancels. A leading dimension counts the groups of a grouped convolution, each with moments of its own.
+cancels, in all processes that share the chunks. A leading dimension counts the groups of a grouped convolution, each with
+moments of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import DataError
+from secateur.processes import Alone
 
 
 @dataclass
@@ -53,16 +55,9 @@ class Moments:
         self._x += x.sum(1)
         self._t += t.sum(1)
 
-    def shifted_like(self, other: Moments) -> Moments:
-        """Itself, empty, ready to be added to `other` with `+=`."""
-        self._shift_x, self._shift_t, self._shifted = other._shift_x, other._shift_t, True
-        return self
-
-    def __iadd__(self, other: Moments) -> Moments:
-        """The moments of both sets of rows; `other` was made by `shifted_like`."""
-        self.rows += other.rows
-        for name in ("_xx", "_xt", "_tt", "_x", "_t"):
-            getattr(self, name).add_(getattr(other, name))
+    def around(self, shift_x: Tensor, shift_t: Tensor) -> Moments:
+        """Itself, empty, ready for rows near that shift, float32 (groups, 1, features) and (groups, 1, outputs)."""
+        self._shift_x, self._shift_t, self._shifted = shift_x, shift_t, True
         return self
 
     def mean(self) -> tuple[Tensor, Tensor]:
@@ -99,6 +94,27 @@ def variance(*parts: Moments) -> Tensor:
     n = sum(m.rows for m in parts)
     mean = sum((m._t for m in parts), torch.zeros(())) / n
     return (sum((m._tt for m in parts), torch.zeros(())) / n - mean * mean).clamp_min(0)
+
+
+def begun(what: str, processes: Alone, first: tuple[Tensor, Tensor] | None, *parts: Moments) -> None:
+    """Give all parts, in all processes, the shift of chunk 0: its means. `first`: x and t of that chunk, where this process runs it."""
+    own = {} if first is None else {name: v.float().mean(1, keepdim=True) for name, v in zip("xt", first, strict=True)}
+    shift = processes.lent(f"shift of {what}", own)
+    for m in parts:
+        m.around(shift["x"], shift["t"])
+
+
+def shared(what: str, processes: Alone, *parts: Moments) -> None:
+    """Moments over the rows of all processes, in place; they have begun with one shift. Float32 products of chunks added up in float64 leave
+    next to nothing to round, so that it does not matter who has added which."""
+    if processes.world == 1:
+        return
+    for number, m in enumerate(parts):
+        own = {"rows": torch.tensor(m.rows), **{name: getattr(m, name) for name in ("_xx", "_xt", "_tt", "_x", "_t")}}
+        found = processes.total(f"{what}, part {number}", own)
+        m.rows = int(found.pop("rows"))
+        for name, value in found.items():
+            setattr(m, name, value)
 
 
 def patches(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], at: Tensor | None) -> Tensor:

@@ -169,8 +169,11 @@ class ScoreMoments:
     kept: Tensor
 
     def __post_init__(self) -> None:
-        self.rows = 0
-        self._sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+
+    @property
+    def rows(self) -> int:
+        return int(self.sums["n"])
 
     def add(self, q: Tensor, q_dense: Tensor, k: Tensor, k_dense: Tensor) -> None:
         """Outputs of the two layers, (rows, outputs), pruned and dense."""
@@ -178,13 +181,13 @@ class ScoreMoments:
         qs, ks = (x.double()[:, rows[self.heads][:, self.kept]].transpose(0, 1) for x, rows in ((q, a.q_rows), (k, a.k_rows)))
         qd, kd = (x.double()[:, rows[self.heads]].transpose(0, 1) for x, rows in ((q_dense, a.q_rows), (k_dense, a.k_rows)))
         ks, kd = ks - ks.mean(1, keepdim=True), kd - kd.mean(1, keepdim=True)
-        self.rows += len(q)
+        self.sums["n"] = self.sums.get("n", torch.zeros((), dtype=torch.float64)) + len(q)
         for name, x, y in (("qq", qs, qs), ("qd", qs, qd), ("kk", ks, ks), ("kd", ks, kd), ("QQ", qd, qd), ("KK", kd, kd)):
-            self._sums[name] = self._sums.get(name, torch.zeros((), dtype=torch.float64)) + x.mT @ y
+            self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)) + x.mT @ y
 
     def fitted(self, ridge: float = RIDGE) -> tuple[Tensor, float, float]:
         """(heads, kept, kept): M, and the relative error of the scores without and with it."""
-        m = {n: s / self.rows for n, s in self._sums.items()}
+        m = {n: s / self.sums["n"] for n, s in self.sums.items()}
         dims = len(self.kept)
         ratio = self.attention.factor(dims) / self.attention.factor(int(self.kept.sum()))
         lower_q, lower_k = factor(m["qq"], ridge)[0], factor(m["kk"], ridge)[0]

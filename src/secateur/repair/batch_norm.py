@@ -6,7 +6,7 @@ replaced by the average over batches of what really arrives (Li et al. 2020, "Ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.calibrate.batches import arriving, run
 from secateur.errors import DataError
+from secateur.processes import ALONE, Alone, Fingerprint, check_data
 from secateur.trace.capture import evaluating
 
 _OPS = ("aten::native_batch_norm", "aten::_native_batch_norm_legit_no_training", "aten::cudnn_batch_norm")
@@ -26,6 +27,11 @@ class _Collect(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.sums: dict[int, list] = {}  # id of the running mean -> [mean buffer, var buffer, sum of means, of variances, n]
+
+    def nothing(self) -> None:
+        """Forget the values that were seen."""
+        for row in self.sums.values():
+            row[2:] = row[2] * 0, row[3] * 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name not in _OPS or args[3] is None:
@@ -42,26 +48,48 @@ class _Collect(TorchDispatchMode):
         return func(*replaced, **(kwargs or {}))
 
 
-def batch_norm_statistics(model: nn.Module, batches: Iterable[tuple[tuple, Mapping]], progress: Callable[[int], None] | None = None) -> int:
-    """Re-estimate running means and variances in place, from batches of (args, kwargs).
+    def share(self, processes: Alone) -> None:
+        """Sums over the batches of all processes; each has run the model, so all have seen its batch norms in the same order."""
+        if processes.world == 1:
+            return
+        own = {f"{k} {i}": torch.as_tensor(row[i]) for k, row in enumerate(self.sums.values()) for i in (2, 3, 4)}
+        found = processes.total("batch norms", own)
+        for k, row in enumerate(self.sums.values()):
+            row[2:] = (found[f"{k} {i}"] for i in (2, 3, 4))
+
+
+def batch_norm_statistics(model: nn.Module, batches: Iterable[tuple[tuple, Mapping]], processes: Alone = ALONE) -> int:
+    """Re-estimate running means and variances in place, from batches of (args, kwargs); each of several `processes`, which are given the
+    same batches, runs a share of them.
 
     Returns the number of batches used, 0 when the model has no batch norm with statistics. The statistics change
     only at the end, after every batch ran.
 
     Raises:
         DataError: no batch, one without rows, one that the model cannot run, or one that gives non-finite statistics.
+        ProcessError: the processes were not given the same.
     """
     used = 0
     collect = _Collect()
     with torch.no_grad(), evaluating(model), collect:
+        ran, seen = False, Fingerprint()
         for used, (args, kwargs) in enumerate(arriving(batches), 1):
+            if processes.world > 1:
+                seen.add((args, kwargs))
+            if not processes.mine(used - 1):
+                continue
             run(model, used, args, kwargs)
-            if progress:
-                progress(used)
+            ran = True
             if not collect.sums:
                 break
+        if used and not ran:  # more processes than batches: one is run for the names, and counts for nothing
+            run(model, used, args, kwargs)
+            collect.nothing()
     if not used:
         raise DataError("data holds no batch, so no batch-norm statistics can be estimated.\n  Pass at least one batch, or data=None.")
+    collect.share(processes)
+    if collect.sums:
+        check_data(processes, seen)
     for mean, var, sum_mean, sum_var, n in collect.sums.values():
         if not bool(torch.isfinite(sum_mean).all() and torch.isfinite(sum_var).all()):
             raise DataError("a batch gives batch-norm statistics that are not finite.\n  Check the data for NaN and infinities.")

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from secateur.calibrate.batches import arriving, batches, no_rows, run
 from secateur.errors import CaptureError, DataError
 from secateur.measure.run import batch_of, shapes
+from secateur.processes import Fingerprint, check_data, of
 from secateur.trace import Graph
 
 ROWS = 2048  # of calibration at most
@@ -44,15 +45,21 @@ def chunks(
     with one of them. Batches of other shapes than the first are left out, and counted.
 
     Args:
-        data: as `secateur.calibrate.batches` reads it; labels are dropped.
+        data: as `secateur.calibrate.batches` reads it; labels are dropped. Processes that share it all have all chunks; who runs which
+            is said by `Processes.mine`.
         graph: the trace that the plan is for; `again(args, kwargs)` traces the model with other inputs.
         model: runs once on every shape that occurs, so that data it cannot take is refused and not left out.
 
     Raises:
         DataError: no rows, a batch that the model cannot run, or the model has other groups on the data than on its example inputs.
+        ProcessError: processes that share the data were not given the same.
     """
     args, kwargs = graph.program.example_inputs
     found, left_out, spec = _rows(data, (args, kwargs), min(rows, fitting(graph)), model)
+    if of(data).world > 1:
+        seen = Fingerprint()
+        seen.add(found)
+        check_data(of(data), seen)
     n = min(size, max(1, len(found[0]) // FEWEST)) if found and len(found[0]) else 0
     if not n:
         raise DataError("there is no row of calibration data.\n  Give at least one batch.")

@@ -7,7 +7,7 @@ relative to the variance of what it feeds: the value at the next addition, or it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, fx
 
 from secateur.axes import Axis, axes_of
 from secateur.budget.curves import Curve
-from secateur.calibrate.moments import Moments
+from secateur.calibrate.moments import Moments, begun, shared
+from secateur.processes import ALONE, Alone
 from secateur.repair.attention import Attention, find_attentions, per_score, score_problem
 from secateur.repair.fit import Affine, folded
 from secateur.repair.flow import Flow, Runner, sources
@@ -23,7 +24,7 @@ from secateur.repair.layers import Layer, features_of, find_layers, norm_names
 from secateur.repair.solve import RIDGE, Problem, eliminate, solve
 from secateur.repair.target import find_target
 from secateur.trace import Graph
-from secateur.trace.call import Call, bind, tensors_in
+from secateur.trace.call import Call, bind, shape_of, tensors_in
 
 _RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
 
@@ -97,7 +98,7 @@ def _summed_elsewhere(graph: Graph, layers: set[fx.Node]) -> set[Axis]:
     return found
 
 
-def collect(graph: Graph, dense: Mapping[str, Tensor], feeds, rows: int, progress: Callable[[str], None] | None = None) -> dict[fx.Node, Reader]:
+def collect(graph: Graph, dense: Mapping[str, Tensor], feeds, rows: int, processes: Alone = ALONE) -> dict[fx.Node, Reader]:
     """Moments of the input of every reader, by its node."""
     wanted = {x.node: x for some in readers_of(graph).values() for x in some}
     flow = Flow(Runner(graph, {}, dict(dense)), feeds, sources(graph.capture.graph))
@@ -107,32 +108,36 @@ def collect(graph: Graph, dense: Mapping[str, Tensor], feeds, rows: int, progres
         flow.hold(find_target(x).join or x.end)
     out = {}
     for x in wanted.values():
-        if progress:
-            progress(x.name)
-        out[x.node] = _reader(graph, x, dense, flow, rows)
+        out[x.node] = _reader(graph, x, flow, rows, processes)
         flow.release(x.source)
         flow.release(find_target(x).join or x.end)
     return out
 
 
-def _reader(graph: Graph, layer: Layer, dense: Mapping[str, Tensor], flow: Flow, rows: int) -> Reader:
+def _reader(graph: Graph, layer: Layer, flow: Flow, rows: int, processes: Alone) -> Reader:
+    dense = flow.runner.state
     names = norm_names(graph, layer.norm) if layer.norm else None
     eps = float(bind(layer.norm)["eps"]) if layer.norm else 0.0
     target = find_target(layer).join or layer.end
     places, chunks = layer.places, len(flow.left)
-    m = None
+    m = Moments(layer.groups, layer.features(dense[layer.weight]), 0)
     variance = 0.0
     random = torch.Generator().manual_seed(0)
+    take = min(places, max(1, -(-rows // (chunks * shape_of(layer.source.meta["val"])[0]))))
     for chunk in range(chunks):
-        x, t = flow.value(chunk, layer.source), flow.value(chunk, target)
-        take = min(places, max(1, -(-rows // (chunks * x.shape[0]))))
-        at = None if take == places else torch.randperm(places, generator=random)[:take].sort()[0]
-        x = layer.rows(x, at)
-        m = m or Moments(x.shape[0], x.shape[2], 0)
+        at = None if take == places else torch.randperm(places, generator=random)[:take].sort()[0]  # the same for any number of processes
+        if not processes.mine(chunk):
+            continue
+        x, t = layer.rows(flow.value(chunk, layer.source), at), flow.value(chunk, target)
+        if not m.rows:
+            begun(layer.name, processes, (x, x[:, :, :0]) if chunk == 0 else None, m)
         m.add(x, x[:, :, :0])
         t = t.flatten(2).transpose(1, 2) if layer.window else t
         variance += float(t.reshape(-1, t.shape[-1]).float().var(0, correction=0).sum())
-    assert m is not None
+    if not m.rows:  # more processes than chunks
+        begun(layer.name, processes, None, m)
+    shared(f"moments of {layer.name}", processes, m)
+    variance = float(processes.total("variance", {"sum": torch.tensor(variance, dtype=torch.float64)})["sum"])
     m.check(layer.name)
     with_bias = bool(names or layer.bias)
     a = (m.central() if with_bias else m.raw())[0][0]
@@ -149,14 +154,25 @@ class Scored:
     weight: Tensor
 
 
-def collect_scores(graph: Graph, dense: Mapping[str, Tensor], feeds, readers: Mapping[fx.Node, Reader]) -> dict[fx.Node, Scored]:
-    """Moments of queries and keys of every attention whose dimensions can go, by its node."""
+def collect_scores(
+    graph: Graph, dense: Mapping[str, Tensor], feeds, readers: Mapping[fx.Node, Reader], processes: Alone = ALONE
+) -> dict[fx.Node, Scored]:
+    """Moments of queries and keys of every attention whose dimensions can go, by its node; from one chunk, so in one process."""
     layers = [x for x in find_layers(graph) if x.groups == 1]
     wanted = {a.node: a for some in scored_axes(graph, find_attentions(graph, layers)).values() for a in some}
     if not wanted:
         return {}
+    own = _scored(graph, dense, feeds, readers, wanted) if processes.mine(0) else {}
+    found = processes.lent("moments of attention scores", own)
+    return {node: Scored(a, *(found[f"{node.name} {part}"] for part in ("q", "k", "weight"))) for node, a in wanted.items()}
+
+
+def _scored(
+    graph: Graph, dense: Mapping[str, Tensor], feeds, readers: Mapping[fx.Node, Reader], wanted: Mapping[fx.Node, Attention]
+) -> dict[str, Tensor]:
+    """The tensors of every `Scored`."""
     flow = Flow(Runner(graph, {}, dict(dense)), feeds[:1], sources(graph.capture.graph))
-    out = {}
+    out: dict[str, Tensor] = {}
     values = {n: [bind(n)[k] for k in ("query", "key", "value")] for n in wanted}
     for several in values.values():
         for node in several:
@@ -168,7 +184,8 @@ def collect_scores(graph: Graph, dense: Mapping[str, Tensor], feeds, readers: Ma
         flat[1] = flat[1] - flat[1].mean(1, keepdim=True)
         moments = [x.mT @ x / x.shape[1] for x in flat]
         relative = _relative_energy(readers, node)
-        out[node] = Scored(attention, moments[0], moments[1], each * attention.factor(q.shape[-1]) ** 2 / max(total, 1e-12) * relative)
+        weight = each * attention.factor(q.shape[-1]) ** 2 / max(total, 1e-12) * relative
+        out |= {f"{node.name} {part}": t for part, t in (("q", moments[0]), ("k", moments[1]), ("weight", weight))}
         for n in values[node]:
             flow.release(n)
     return out
@@ -186,11 +203,16 @@ def _relative_energy(readers: Mapping[fx.Node, Reader], attention: fx.Node) -> f
     return 1.0
 
 
-def error_curves(graph: Graph, readers: Mapping[fx.Node, Reader], scores: Mapping[fx.Node, Scored] | None = None) -> dict[str, Curve]:
-    """One curve for every group that has readers: the order in which units go and the relative error after each."""
-    curves = {}
+def error_curves(
+    graph: Graph, readers: Mapping[fx.Node, Reader], scores: Mapping[fx.Node, Scored] | None = None, processes: Alone = ALONE
+) -> dict[str, Curve]:
+    """One curve for every group that has readers: the order in which units go and the relative error after each. Every process makes
+    those of some groups, and has all."""
+    own: dict[str, Tensor] = {}
     scored = scored_axes(graph, [s.attention for s in (scores or {}).values()])
-    for name, some in readers_of(graph).items():
+    for number, (name, some) in enumerate(readers_of(graph).items()):
+        if not processes.mine(number):
+            continue
         problems = []
         for layer in some:
             r = readers[layer.node]
@@ -202,14 +224,20 @@ def error_curves(graph: Graph, readers: Mapping[fx.Node, Reader], scores: Mappin
         others = [score_problem(graph, x.attention, axis, (x.q, x.k), x.weight) for x in found]
         if problems or others:
             order, error = eliminate(problems, others=others)
-            curves[name] = Curve(order, torch.cat([torch.zeros(1, dtype=torch.float64), error]))
-    return curves
+            own |= {f"order {name}": order, f"error {name}": torch.cat([torch.zeros(1, dtype=torch.float64), error])}
+    curves = processes.gathered("error curves", own)
+    return {n: Curve(curves[f"order {n}"], curves[f"error {n}"]) for n in readers_of(graph) if f"order {n}" in curves}
 
 
-def block_curves(graph: Graph, dense: Mapping[str, Tensor], feeds) -> dict[str, Curve]:
-    """For every residual block the relative error of its addition when its branch is gone."""
-    if not graph.blocks:
-        return {}
+def block_curves(graph: Graph, dense: Mapping[str, Tensor], feeds, processes: Alone = ALONE) -> dict[str, Curve]:
+    """For every residual block the relative error of its addition when its branch is gone; from few chunks, so in one process."""
+    lost = _lost(graph, dense, feeds) if graph.blocks and processes.mine(0) else {}
+    found = processes.lent("residual blocks", lost)
+    return {name: Curve(torch.zeros(1, dtype=torch.int64), error) for name, error in found.items()}
+
+
+def _lost(graph: Graph, dense: Mapping[str, Tensor], feeds) -> dict[str, Tensor]:
+    """The errors of the blocks' curves."""
     flow = Flow(Runner(graph, {}, dict(dense)), feeds, sources(graph.capture.graph))
     for b in graph.blocks.values():
         flow.hold(b.join)
@@ -223,5 +251,5 @@ def block_curves(graph: Graph, dense: Mapping[str, Tensor], feeds) -> dict[str, 
             whole += float(((join - join.mean(0)).double() ** 2).sum())
         flow.release(b.join)
         flow.release(b.stream)
-        out[name] = Curve(torch.zeros(1, dtype=torch.int64), torch.tensor([0.0, lost / max(whole, 1e-12)], dtype=torch.float64))
+        out[name] = torch.tensor([0.0, lost / max(whole, 1e-12)], dtype=torch.float64)
     return out

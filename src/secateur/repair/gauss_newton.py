@@ -22,8 +22,10 @@ import torch.autograd.forward_ad as fwd
 from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from secateur.processes import ALONE, Alone
 from secateur.repair.branch import Narrow
 from secateur.repair.layers import Layer
+from secateur.trace.call import shape_of
 
 ROUNDS = 2  # linearisations
 STEPS = 8  # of conjugate gradients in each
@@ -54,6 +56,8 @@ class BranchFit:
         branch: the network that is fitted. members: the layers whose weights and biases are free.
         goal: chunk -> what the branch should give; both are compared after a ReLU where one follows.
         ridge: lambda, relative to the mean variance of each layer's inputs.
+        processes: those that share the chunks. Whatever is summed over chunks is summed over all of them.
+        some: a chunk of this process, whose shapes are those of all.
     """
 
     branch: Narrow
@@ -61,6 +65,8 @@ class BranchFit:
     goal: Callable[[int], Tensor]
     rectified: bool
     ridge: float
+    processes: Alone = ALONE
+    some: int = 0
     _goals: dict[int, Tensor] = field(default_factory=dict)
 
     def start(self) -> Weights:
@@ -79,7 +85,17 @@ class BranchFit:
     def error(self, chunks: list[int], weights: Weights) -> float:
         """Summed over the chunks."""
         with torch.no_grad():
-            return sum(float(((self.output(c, weights) - self.wanted(c)) ** 2).sum(dtype=torch.float64)) for c in chunks)
+            return self.summed(chunks, lambda c: ((self.output(c, weights) - self.wanted(c)) ** 2).sum(dtype=torch.float64))
+
+    def summed(self, chunks: list[int], of: Callable[[int], Tensor]) -> float:
+        """A number, float64, summed over the chunks."""
+        own = sum((of(c) for c in chunks if self.processes.mine(c)), torch.zeros((), dtype=torch.float64))
+        return float(self.processes.total("an error", {"sum": own})["sum"])
+
+    @property
+    def size(self) -> int:
+        """Rows of a chunk, in which errors are counted, whatever the layout: any fixed number serves, as it cancels."""
+        return self.wanted(self.some).shape[0]
 
     @property
     def unknowns(self) -> int:
@@ -87,37 +103,48 @@ class BranchFit:
 
     def chunks_for(self, equations: int, most: int) -> int:
         """How many chunks, of `equations` each, a step is taken from; 0 where there are too few, or more than `EFFORT` can pay for."""
-        run = sum(self.branch.tensor(m.layer.weight).numel() * m.layer.places for m in self.members) * self.wanted(0).shape[0]
+        run = sum(self.branch.tensor(m.layer.weight).numel() * m.layer.places for m in self.members) * self.size
         n = min(most, max(1, -(-EQUATIONS * self.unknowns // equations)), int(EFFORT / (ROUNDS * STEPS * _RUN * run)))
         return n if n * equations >= FEWEST * self.unknowns else 0
 
     def gradient(self, chunks: list[int], weights: Weights) -> Weights:
         """J^T (t - y)."""
         leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
-        total = {n: torch.zeros_like(w) for n, w in weights.items()}
-        for chunk in chunks:
+
+        def one(chunk: int) -> tuple:
             with torch.enable_grad():
                 y = self.output(chunk, leaves)
-            _add(total, torch.autograd.grad(y, list(leaves.values()), self.wanted(chunk) - y.detach(), allow_unused=True))
-        return total
+            return torch.autograd.grad(y, list(leaves.values()), self.wanted(chunk) - y.detach(), allow_unused=True)
+
+        return self._over(chunks, weights, one, "a gradient")
 
     def product(self, chunks: list[int], weights: Weights, direction: Weights) -> Weights:
         """J^T J d: one run forwards that carries J d along, and one backwards."""
         leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
-        total = {n: torch.zeros_like(w) for n, w in weights.items()}
-        for chunk in chunks:
+
+        def one(chunk: int) -> tuple:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), fwd.dual_level():
                 y = self.output(chunk, {n: fwd.make_dual(w, direction[n]) for n, w in leaves.items()})
                 value, along = fwd.unpack_dual(y)
-            if along is not None:  # out of the level: inside, the way back would carry derivatives along as well
-                _add(total, torch.autograd.grad(value, list(leaves.values()), along.detach(), allow_unused=True))
-        return total
+            if along is None:
+                return tuple(None for _ in leaves)
+            # out of the level: inside, the way back would carry derivatives along as well
+            return torch.autograd.grad(value, list(leaves.values()), along.detach(), allow_unused=True)
 
+        return self._over(chunks, weights, one, "a product with J^T J")
 
-def _add(total: Weights, grads: tuple) -> None:
-    for sum_, g in zip(total.values(), grads, strict=True):
-        if g is not None:
-            sum_ += g
+    def _over(self, chunks: list[int], weights: Weights, one: Callable[[int], tuple], what: str) -> Weights:
+        """Derivatives summed over the chunks, in float64, so that it does not matter who has added which."""
+        total = {n: torch.zeros_like(w, dtype=torch.float64) for n, w in weights.items()}
+
+        def own() -> None:
+            for chunk in filter(self.processes.mine, chunks):
+                for sum_, g in zip(total.values(), one(chunk), strict=True):
+                    if g is not None:
+                        sum_ += g
+
+        self.processes.together(what, own)
+        return {n: v.to(weights[n].dtype) for n, v in self.processes.total(what, total).items()}
 
 
 @dataclass
@@ -143,33 +170,47 @@ class Curvature:
 
 def curvature(fit: BranchFit, chunks: list[int], weights: Weights, random: torch.Generator) -> list[Curvature]:
     """K by layer; E[(dy/dz)^T (dy/dz)] comes from one random probe per chunk (Hutchinson's estimate of a diagonal)."""
-    nothing = torch.zeros((), dtype=torch.float64)
-    grams, outs, seen = [nothing for _ in fit.members], [nothing for _ in fit.members], [0 for _ in fit.members]
-    rows = 0
-    for chunk in chunks:
+    shape, own = fit.wanted(fit.some).shape, fit.processes.mine
+    drawn = [(c, *_drawn(fit, shape, len(chunks), random)) for c in chunks]  # the same for any number of processes
+    sums = fit.processes.together("K", lambda: _probed(fit, [d for d in drawn if own(d[0])], weights))
+    sums = fit.processes.total("K", sums)
+    rows, nothing = len(chunks) * fit.size, torch.zeros((), dtype=torch.float64)
+    return [
+        _curvature(fit, m, sums[f"gram {i}"] / sums[f"seen {i}"], sums.get(f"out {i}", nothing) / rows, weights) for i, m in enumerate(fit.members)
+    ]
+
+
+def _drawn(fit: BranchFit, shape: torch.Size, chunks: int, random: torch.Generator) -> tuple[Tensor, list[Tensor | None]]:
+    """A probe of the shape of the output, -1 or 1, and by layer which positions of its input are looked at; None is all."""
+    probe = torch.randint(0, 2, shape, generator=random)
+    places = []
+    for m in fit.members:
+        n = max(1, min(m.layer.places, _SAMPLED // (chunks * max(1, shape_of(m.layer.source.meta["val"])[0]))))
+        places.append(None if n == m.layer.places else torch.randperm(m.layer.places, generator=random)[:n])
+    return probe, places
+
+
+def _probed(fit: BranchFit, drawn: list[tuple[int, Tensor, list[Tensor | None]]], weights: Weights) -> Weights:
+    """The sums that K is made of, float64, those of each layer by its number."""
+    sums: Weights = {}
+
+    def add(name: str, value: Tensor) -> None:
+        sums[name] = sums[name] + value if name in sums else value
+
+    for chunk, signs, places in drawn:
         with torch.no_grad():
             values = fit.branch.run(chunk, weights)
         zeros = {m.layer.node: torch.zeros_like(values[m.layer.node], requires_grad=True) for m in fit.members}
         with torch.enable_grad():
             y = fit.output(chunk, weights, zeros)
-        probe = torch.randint(0, 2, y.shape, generator=random).to(y.dtype) * 2 - 1
-        rows += _rows(y)
-        grads = torch.autograd.grad(y, list(zeros.values()), probe, allow_unused=True)
-        for i, (m, g) in enumerate(zip(fit.members, grads, strict=True)):
-            x = values[fit.branch.flow.inputs(m.layer.node)[m.layer.source]]
-            take = max(1, min(m.layer.places, _SAMPLED // (len(chunks) * max(1, x.shape[0]))))
-            at = None if take == m.layer.places else torch.randperm(m.layer.places, generator=random)[:take]
-            r = m.layer.rows(x, at).double()
-            grams[i] = grams[i] + r.mT @ r
-            seen[i] += r.shape[1]
+        grads = torch.autograd.grad(y, list(zeros.values()), signs.to(y.dtype) * 2 - 1, allow_unused=True)
+        for i, (m, g, at) in enumerate(zip(fit.members, grads, places, strict=True)):
+            r = m.layer.rows(values[fit.branch.flow.inputs(m.layer.node)[m.layer.source]], at).double()
+            add(f"gram {i}", r.mT @ r)
+            add(f"seen {i}", torch.tensor(r.shape[1]))
             if g is not None:
-                outs[i] = outs[i] + m.layer.outputs(g, None).double().square().sum(1)
-    return [_curvature(fit, m, g / s, o / rows, weights) for m, g, s, o in zip(fit.members, grams, seen, outs, strict=True)]
-
-
-def _rows(y: Tensor) -> int:
-    """In which errors are counted, whatever the layout: any fixed number serves, as it cancels."""
-    return y.shape[0]
+                add(f"out {i}", m.layer.outputs(g, None).double().square().sum(1))
+    return sums
 
 
 def _curvature(fit: BranchFit, m: Member, gram: Tensor, out: Tensor, weights: Weights) -> Curvature:
@@ -217,7 +258,7 @@ def gauss_newton(fit: BranchFit, fitting: list[int], held: list[int], random: to
     """
     weights = fit.start()
     before = best = fit.error(held, weights)
-    n = fit.chunks_for(fit.wanted(held[0]).numel(), len(fitting))
+    n = fit.chunks_for(fit.wanted(fit.some).numel(), len(fitting))
     if not n:
         return weights, before, before
     for _ in range(ROUNDS):
@@ -235,7 +276,7 @@ def gauss_newton(fit: BranchFit, fitting: list[int], held: list[int], random: to
 def _step(fit: BranchFit, chunks: list[int], weights: Weights, random: torch.Generator) -> Weights:
     """One linearised least-squares problem, solved."""
     parts = curvature(fit, chunks[:_PROBED], weights, random)
-    rows = sum(_rows(fit.wanted(c)) for c in chunks)
+    rows = len(chunks) * fit.size
 
     def product(d: Weights) -> Weights:
         out = {n: v / rows for n, v in fit.product(chunks, weights, d).items()}

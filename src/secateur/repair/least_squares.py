@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, fx
 
 from secateur.axes import axes_of, mask
-from secateur.calibrate.moments import Moments, variance
+from secateur.calibrate.moments import Moments, begun
 from secateur.measure.run import batch_of
+from secateur.processes import ALONE, Alone
 from secateur.repair.attention import Attention, ScoreMoments, find_attentions, kept_of, write_scores
 from secateur.repair.fit import Affine, LayerRepair, bias_only, folded, least_squares, written
 from secateur.repair.flow import Flow, Runner, sources
 from secateur.repair.layers import Layer, find_layers, norm_names
 from secateur.repair.norms import Channels, Norm, find_norms, write_norm
-from secateur.repair.rectified import BYTES, Rows, rectified, rectified_error
+from secateur.repair.rectified import BYTES, Rows, rectified
 from secateur.repair.refit import branches, refit
+from secateur.repair.sample import Sample
 from secateur.repair.solve import RIDGE
 from secateur.repair.target import Target, find_target
 from secateur.trace import Graph
@@ -46,6 +48,7 @@ class Settings:
         sampled: bytes of rows that a fit through a ReLU may keep.
         only_bias: correct biases only (and the means of batch norms).
         branches: fit whole branches as well, after their layers.
+        processes: those that share the chunks. Each runs its own chunks and has the same sums, and what process 0 fits is written in all.
     """
 
     ridge: float = RIDGE
@@ -57,6 +60,7 @@ class Settings:
     branches: bool = False
     sampled: int = BYTES
     seed: int = 0
+    processes: Alone = ALONE
 
 
 class Repair:
@@ -78,11 +82,13 @@ class Repair:
         settings: Settings | None = None,
     ):
         self.settings = settings or Settings()
+        self.processes = self.settings.processes
         self.graph, self.keep = graph, dict(keep)
         dense = {n: t.detach() if t.requires_grad else t for n, t in dense.items()}
         self.state = dict(dense)
         self.layers = find_layers(graph)
         self.chunks, self.samples = len(feeds), sum(batch_of(*f) for f in feeds)
+        self.own = [chunk for chunk in range(self.chunks) if self.processes.mine(chunk)]
         reads = sources(graph.capture.graph)
         self.dense = Flow(Runner(graph, {}, dict(dense)), feeds, reads)
         self.pruned = Flow(Runner(graph, self.keep, self.state), feeds, reads)
@@ -149,6 +155,7 @@ class Repair:
                     for x in before:
                         self.fit(self.by_node[x])
             self._decide(layer, self._moments(layer, target))
+            self.settle(layer.weight, layer.bias, *(norm_names(self.graph, layer.norm).values() if layer.norm else ()))
         for flow, node in self._asked(layer):
             flow.release(node)
         self.busy.discard(layer.node)
@@ -162,18 +169,24 @@ class Repair:
             if layer.node in (a.query.node, a.key.node) and {a.query.node, a.key.node} <= self.done:
                 self._fit_scores(a)
 
+    def settle(self, *names: str | None) -> None:
+        """What process 0 has written is what all go on with, whose last bits may differ on other hardware."""
+        self.state.update(self.processes.lent("weights", {n: self.state[n] for n in names if n}))
+
     def _fit_norm(self, norm: Norm) -> None:
         if norm.source not in self.affected:
             return
         for x in self.upstream[norm.source]:
             self.fit(self.by_node[x])
         channels = Channels()
-        for chunk in range(self.chunks):
+        for chunk in self.own:
             channels.add(self.pruned.once(chunk, norm.node), self.dense.value(chunk, norm.node), norm.dim)
+        channels.sums = self.processes.total(f"channels of {norm.name}", channels.sums)
         kept = torch.from_numpy(mask(self.graph.tensors[norm.weight][0], self.graph.keep_axes(self.keep)).copy())
         a, c, before, after = channels.fitted(norm.bias is not None, not self.settings.only_bias)
         better = kept & (after < before)
         write_norm(norm, self.state, a, c, better)
+        self.settle(norm.weight, norm.bias)
         scale = float(channels.variance()[kept].sum()) or 1.0
         plain, repaired = float(before[kept].sum()) / scale, float(torch.where(better, after, before)[kept].sum()) / scale
         used, why = ("least squares", "") if bool(better.any()) else ("plain", "the fit is no better")
@@ -187,7 +200,7 @@ class Repair:
         heads, kept = kept_of(self.graph, a, self.graph.keep_axes(self.keep))
         if not bool(kept.all()) and not self.settings.only_bias:
             moments = ScoreMoments(a, heads, kept)
-            for chunk in range(self.chunks):
+            for chunk in self.own:
                 values = []
                 for layer in (a.query, a.key):
                     x = self.pruned.value(chunk, layer.source)
@@ -195,9 +208,11 @@ class Repair:
                     pruned = torch.nn.functional.linear(x, layer.matrix(w)[0], b)
                     values += [y.reshape(-1, y.shape[-1]) for y in (pruned, self.dense.value(chunk, layer.end))]
                 moments.add(*values)
+            moments.sums = self.processes.total(a.name, moments.sums)
             m, plain, repaired = moments.fitted(self.settings.ridge)
             if repaired < plain:
                 write_scores(a, self.state, m, heads, kept)
+            self.settle(a.query.weight, a.query.bias)
             used, why = ("least squares", "") if repaired < plain else ("plain", "the fit is no better")
             self.rows.append(LayerRepair(a.name, moments.rows, plain, plain, repaired, used, why))
         for flow, node in self._asked_for_scores(a):
@@ -241,18 +256,23 @@ class Repair:
         fit, held = (Moments(layer.groups, features, outputs // layer.groups) for _ in range(2))
         sample = Sample(fit, held, Rows(limit=s.sampled), Rows(limit=s.sampled), _rectified(target.join or layer.end))
         for chunk in range(self.chunks):
+            at = None if take == places else torch.randperm(places, generator=random)[:take].sort()[0]  # the same for any number of processes
+            if not self.processes.mine(chunk):
+                continue
             x = self.pruned.value(chunk, layer.source)
-            at = None if take == places else torch.randperm(places, generator=random)[:take].sort()[0]
-            rows, (whole, other) = layer.rows(x, at), self._target(chunk, layer, target)
+            rows, (whole, beside) = layer.rows(x, at), self._target(chunk, layer, target)
             t = layer.outputs(whole, at)
             out = self.is_held_out(chunk)
+            if chunk == self.own[0]:
+                begun(layer.name, self.processes, (rows, t) if chunk == 0 else None, fit, held)
             (held if out else fit).add(rows, t)
-            if chunk == 0:
-                held.shifted_like(fit)
             if sample.rectified:
                 share = s.sampled / (4.0 * self.chunks * (rows.numel() + 2 * t.numel()))
-                o = None if other is None else layer.outputs(other, at)
-                (sample.held_rows if out else sample.fit_rows).add(rows, t, o, min(1.0, share))
+                o = None if beside is None else layer.outputs(beside, at)
+                (sample.held_rows if out else sample.fit_rows).add(rows, t, o, min(1.0, share), chunk)
+        if not self.own:  # more processes than chunks
+            begun(layer.name, self.processes, None, fit, held)
+        sample.share(layer.name, self.processes)
         fit.check(layer.name)
         return sample
 
@@ -290,32 +310,6 @@ class Repair:
         best = min((v for k, v in errors.items() if k not in ("plain", "bias")), default=errors["bias"])
         why = "on held-out rows the fit is no better" if used in ("plain", "bias") else ""
         self.rows.append(LayerRepair(layer.name, sample.fit.rows, errors["plain"], errors["bias"], best, used, why))
-
-
-@dataclass
-class Sample:
-    """What was seen of one layer: moments and sampled rows, for the fit and held out of it."""
-
-    fit: Moments
-    held: Moments
-    fit_rows: Rows
-    held_rows: Rows
-    rectified: bool
-
-    def error(self, fit: Affine, outputs: Tensor) -> float:
-        """Relative error over the outputs that stay, on what was held out; after the ReLU where one follows."""
-        if self.rectified:
-            x, t, o = (self.held_rows if self.held_rows.x else self.fit_rows).joined()
-            return rectified_error(fit, x, t, o, outputs) / self.scale(outputs)
-        return fit.error(self.held if self.held.rows else self.fit, outputs) / self.scale(outputs)
-
-    def scale(self, outputs: Tensor) -> float:
-        """The variance of the target over all rows: of a few held-out rows alone it may be next to nothing."""
-        if self.rectified:
-            each = torch.cat(self.fit_rows.t + self.held_rows.t, 1).relu().var(1, correction=0).double()
-        else:
-            each = variance(self.fit, self.held)
-        return float(each[outputs].sum()) or 1.0
 
 
 def _rectified(node: fx.Node) -> bool:

@@ -58,20 +58,23 @@ def find_norms(graph: Graph, layers: list[Layer]) -> list[Norm]:
 
 @dataclass
 class Channels:
-    """Sums over all positions, channel by channel, float64."""
+    """Sums over all positions, channel by channel, float64; `n` counts them."""
 
-    rows: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, y: Tensor, t: Tensor, dim: int) -> None:
         y, t = (v.double().movedim(dim, -1).flatten(0, -2) for v in (y, t))
-        self.rows += len(y)
+        self.sums["n"] = self.sums.get("n", torch.zeros((), dtype=torch.float64)) + len(y)
         for name, value in (("y", y), ("t", t), ("yy", y * y), ("yt", y * t), ("tt", t * t)):
             self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)) + value.sum(0)
 
+    @property
+    def rows(self) -> int:
+        return int(self.sums["n"])
+
     def fitted(self, with_bias: bool, scale: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """a, c, and the squared errors per channel before and after, (channels,) each; with `scale` off a is 1."""
-        m = {k: v / self.rows for k, v in self.sums.items()}
+        m = {k: v / self.sums["n"] for k, v in self.sums.items()}
         y, t = (m["y"], m["t"]) if with_bias else (torch.zeros_like(m["y"]), torch.zeros_like(m["t"]))
         var, cov = m["yy"] - y * y, m["yt"] - y * t
         a = torch.where(var > 1e-12, cov / var.clamp_min(1e-12), torch.ones_like(var)) if scale else torch.ones_like(var)
@@ -81,7 +84,7 @@ class Channels:
         return a, c, before.clamp_min(0), after.clamp_min(0)
 
     def variance(self) -> Tensor:
-        m = {k: v / self.rows for k, v in self.sums.items()}
+        m = {k: v / self.sums["n"] for k, v in self.sums.items()}
         return (m["tt"] - m["t"] ** 2).clamp_min(0)
 
 

@@ -30,11 +30,12 @@ class Rows:
     x: list[Tensor] = field(default_factory=list)
     t: list[Tensor] = field(default_factory=list)
     o: list[Tensor] = field(default_factory=list)
+    chunks: list[int] = field(default_factory=list)
     size: int = 0
     limit: int = BYTES
 
-    def add(self, x: Tensor, t: Tensor, o: Tensor | None, share: float) -> None:
-        """Keep `share` of the rows of x (groups, rows, features), t and o (groups, rows, outputs), evenly spread."""
+    def add(self, x: Tensor, t: Tensor, o: Tensor | None, share: float, chunk: int = 0) -> None:
+        """Keep `share` of the rows of x (groups, rows, features), t and o (groups, rows, outputs), evenly spread; they are of `chunk`."""
         step = math.ceil(1 / max(share, 1e-9))
         x, t = x[:, ::step].float().clone(), t[:, ::step].float().clone()
         o = torch.zeros_like(t) if o is None else o[:, ::step].float().clone()
@@ -42,6 +43,7 @@ class Rows:
             self.x.append(x)
             self.t.append(t + o)
             self.o.append(o)
+            self.chunks.append(chunk)
             self.size += 4 * (x.numel() + 2 * t.numel())
 
     def joined(self) -> tuple[Tensor, Tensor, Tensor]:

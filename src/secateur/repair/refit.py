@@ -68,24 +68,28 @@ def refit(repair: Repair, waiting: Waiting, rectified: bool) -> None:
     narrow = Narrow(repair.pruned, branch, repair.keep)
     members = [member(repair, narrow, x) for x in branch.layers]
     dims = repair.graph.env[branch.end]
-    fit = BranchFit(narrow, members, lambda c: narrow.cut(repair.dense.value(c, branch.end), dims), rectified, repair.settings.ridge)
+    processes, some = repair.processes, next(iter(repair.own), 0)
+    fit = BranchFit(
+        narrow, members, lambda c: narrow.cut(repair.dense.value(c, branch.end), dims), rectified, repair.settings.ridge, processes, some
+    )
     held = [c for c in range(repair.chunks) if repair.is_held_out(c)]
     fitting = [c for c in range(repair.chunks) if c not in held]
     random, why = torch.Generator().manual_seed(repair.settings.seed), ""
     try:
         weights, before, after = gauss_newton(fit, fitting, held, random)
         if after == before:
-            n = fit.chunks_for(fit.wanted(held[0]).numel(), len(fitting))
+            n = fit.chunks_for(fit.wanted(some).numel(), len(fitting))
             too_many = f"{fit.unknowns:,} weights are too many to be fitted as a whole to this data"
             why = "as a whole it is no better on held-out rows" if n else too_many
     except RuntimeError as error:  # an op without a derivative: what its layers gave one by one stays
         weights, before = {}, fit.error(held, fit.start())
         after, why = before, f"it cannot be fitted as a whole: {str(error).splitlines()[0]}"
-    variance = sum(float((w - w.mean(0, keepdim=True)).square().sum()) for w in map(fit.wanted, held)) or 1.0
+    variance = fit.summed(held, lambda c: (fit.wanted(c) - fit.wanted(c).mean(0, keepdim=True)).square().sum()) or 1.0
     better = after < before
     if better:
         repair.state.update({n: narrow.spread(n, w) for n, w in weights.items()})
-        for chunk in range(repair.chunks):
+        repair.settle(*weights)
+        for chunk in repair.own:
             repair.pruned.run_again(chunk, branch.nodes, branch.boundary)
     name = f"{waiting.last.name} (branch of {len(members)} layers)"
     rows = repair.samples * waiting.last.places

@@ -6,7 +6,7 @@ dense, and the outputs on a small batch are compared with the dense network's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.budget.curves import Curve
 from secateur.errors import InputError
+from secateur.processes import ALONE, Alone
 from secateur.repair.curves import Reader, readers_of
 from secateur.repair.fit import written_plainly
 from secateur.repair.flow import Flow, Runner, sources
@@ -49,7 +50,7 @@ class Output:
 
     def __init__(self, graph: Graph, state: Mapping[str, Tensor], feeds: Sequence[tuple[tuple, Mapping]]):
         self.graph, self.feeds, self.reads = graph, feeds, sources(graph.capture.graph)
-        self.is_scores = _is_scores(graph)
+        self.is_scores = gives_scores(graph)
         self.dense = [self._run({}, state, f) for f in feeds]
 
     def _run(self, keep: Mapping[str, Tensor], state: Mapping[str, Tensor], feed: tuple[tuple, Mapping]) -> Tensor:
@@ -75,7 +76,8 @@ class Output:
         return float(((dense - other) ** 2).mean()) / scale
 
 
-def _is_scores(graph: Graph) -> bool:
+def gives_scores(graph: Graph) -> bool:
+    """Whether the first output comes straight out of a linear map: scores of classes, or of next tokens."""
     (output,) = [n for n in graph.capture.graph.nodes if n.op == "output"]
     first = next((n for n in tree_leaves(output.args[0]) if isinstance(n, fx.Node)), None)
     return first is not None and first.op == "call_function" and op_name(first) in _LOGITS
@@ -108,18 +110,34 @@ def sensitivity(
     readers: Mapping[fx.Node, Reader],
     curves: Mapping[str, Curve],
     output: Output,
-    progress: Callable[[str], None] | None = None,
+    processes: Alone = ALONE,
 ) -> dict[str, list[Point]]:
-    """Points of every group that has a curve, at `LEVELS` of its units."""
+    """Points of every group that has a curve, at `LEVELS` of its units. Every process measures some groups, and has all."""
+    apart = _apart(graph, state, readers, {n: c for i, (n, c) in enumerate(curves.items()) if processes.mine(i)}, output)
+    apart = processes.gathered("sensitivity of the output", apart)
     found: dict[str, list[Point]] = {}
     for name, curve in curves.items():
-        if progress:
-            progress(name)
-        size = len(curve.order)
-        for n in sorted({max(1, min(size - 1, round(level * size))) for level in LEVELS}) if size > 1 else ():
+        for n in _counts(curve):
+            macs = graph.cost({name: curve.keep(n)}).macs
+            found.setdefault(name, []).append(Point(n, float(curve.error[n]), float(apart[f"{name} {n}"]), macs))
+    return found
+
+
+def _counts(curve: Curve) -> list[int]:
+    """How many units go at the points of a curve."""
+    size = len(curve.order)
+    return sorted({max(1, min(size - 1, round(level * size))) for level in LEVELS}) if size > 1 else []
+
+
+def _apart(
+    graph: Graph, state: Mapping[str, Tensor], readers: Mapping[fx.Node, Reader], curves: Mapping[str, Curve], output: Output
+) -> dict[str, Tensor]:
+    """The divergence of the output at every point of these curves."""
+    found = {}
+    for name, curve in curves.items():
+        for n in _counts(curve):
             keep = {name: curve.keep(n)}
-            apart = output.divergence(keep, stitched(graph, state, readers, keep))
-            found.setdefault(name, []).append(Point(n, float(curve.error[n]), apart, graph.cost(keep).macs))
+            found[f"{name} {n}"] = torch.tensor(output.divergence(keep, stitched(graph, state, readers, keep)), dtype=torch.float64)
     return found
 
 

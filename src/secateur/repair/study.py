@@ -17,6 +17,7 @@ from secateur.budget.targets import Target
 from secateur.errors import TargetError
 from secateur.measure.run import at_rest
 from secateur.plan import Plan
+from secateur.processes import Alone, of
 from secateur.repair.chunks import Chunks, chunks
 from secateur.repair.curves import (
     Reader,
@@ -45,7 +46,8 @@ Progress = Callable[[str], None]
 
 @dataclass
 class Study:
-    """The model is left as it is. `again(args, kwargs)` traces it with other inputs."""
+    """The model is left as it is. `again(args, kwargs)` traces it with other inputs. Processes that share the data (`secateur.processes`)
+    have the same study each."""
 
     model: nn.Module
     graph: Graph
@@ -53,6 +55,10 @@ class Study:
     again: Callable[[tuple, Mapping], Graph]
     seed: int = 0
     say: Progress = lambda stage: None
+
+    @property
+    def processes(self) -> Alone:
+        return of(self.data)
 
     @cached_property
     def chunks(self) -> Chunks:
@@ -68,26 +74,26 @@ class Study:
     @cached_property
     def readers(self) -> dict[fx.Node, Reader]:
         self.say("moments of the dense model")
-        return collect(self.chunks.graph, self.state, self.chunks.feeds[:FEW], ROWS_FOR_CURVES)
+        return collect(self.chunks.graph, self.state, self.chunks.feeds[:FEW], ROWS_FOR_CURVES, self.processes)
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
         """Error curves by group, in the order in which the groups are read."""
         self.say("error curves")
-        scores = collect_scores(self.chunks.graph, self.state, self.chunks.feeds, self.readers)
-        return error_curves(self.chunks.graph, self.readers, scores)
+        scores = collect_scores(self.chunks.graph, self.state, self.chunks.feeds, self.readers, self.processes)
+        return error_curves(self.chunks.graph, self.readers, scores, self.processes)
 
     @cached_property
     def blocks(self) -> dict[str, Curve]:
         """Residual blocks as groups of one unit: the error is what the branch contributes to the addition."""
         self.say("residual blocks")
-        return block_curves(self.chunks.graph, self.state, self.chunks.feeds[:1])
+        return block_curves(self.chunks.graph, self.state, self.chunks.feeds[:1], self.processes)
 
     @cached_property
     def points(self) -> dict[str, list[Point]]:
         """The output's sensitivity to each group alone."""
         self.say("sensitivity of the output")
-        return sensitivity(self.chunks.graph, self.state, self.readers, self.curves, self.output)
+        return sensitivity(self.chunks.graph, self.state, self.readers, self.curves, self.output, self.processes)
 
     @cached_property
     def streams(self) -> set[str]:
@@ -106,8 +112,9 @@ class Study:
             found[name][c.order] = each
         return found
 
-    def plan(self, *targets: Target, allocation: str = "curves", depth: bool = False) -> Plan:
-        """Who stays, by the curves. `allocation`: "curves", "sensitivity" or "search"; with `depth` whole residual blocks may go.
+    def plan(self, *targets: Target, allocation: str = "curves", depth: bool = False, only: Collection[str] | None = None) -> Plan:
+        """Who stays, by the curves. `allocation`: "curves", "sensitivity" or "search"; with `depth` whole residual blocks may go. `only`: the
+        groups and blocks that may lose something; None for all.
 
         Raises:
             TargetError: the budget is out of reach of the groups that have a curve.
@@ -115,6 +122,7 @@ class Study:
         dense = self.graph.cost()
         limits = [(t, t.limit(dense)) for t in targets]
         curves = in_running_order(self.chunks.graph, {**self.curves, **self.blocks}) if depth else self.curves
+        curves = curves if only is None else {n: c for n, c in curves.items() if n in only}
         if allocation == "sensitivity":
             curves = {n: calibrated(c, self.points[n]) if n in self.points else c for n, c in curves.items()}
         keep = self._searched(limits, curves) if allocation == "search" else self._allocated(limits, TILT, curves)
@@ -140,7 +148,7 @@ class Study:
                     raise
                 continue
             state, _ = self.repaired(keep, few=True)
-            apart = self.output.divergence(keep, state)
+            apart = self.processes.fact("divergence", self.output.divergence(keep, state))
             apart = math.inf if math.isnan(apart) else apart  # NaN is no smaller than anything, and would win by coming first
             if best is None or apart < best[0]:
                 best = (apart, keep)
@@ -150,7 +158,7 @@ class Study:
     def repaired(self, keep: Mapping[str, Tensor], few: bool = False, how: str = "gauss_newton") -> tuple[dict[str, Tensor], list[LayerRepair]]:
         """The tensors of the model, of the dense shapes, fitted for `keep`, and what became of every layer."""
         feeds = self.chunks.feeds[:FEW] if few else self.chunks.feeds
-        settings = Settings(seed=self.seed, only_bias=how == "bias", branches=how == "gauss_newton")
+        settings = Settings(seed=self.seed, only_bias=how == "bias", branches=how == "gauss_newton", processes=self.processes)
         if few:
             settings = replace(settings, rows=QUICK_ROWS, least=QUICK_ROWS * 200, sampled=2**24, branches=False)
         with at_rest(self.model):
