@@ -5,13 +5,16 @@
 training for both: `secateur.recover` with the dense network as teacher, flips and crops, its default rates. `sparse`: single weights go by a
 schedule while the trained network is trained on, every kind for the same steps and rates, without a teacher; "rigl" and "set" begin from the
 largest weights, "static" from a random mask. All 50,000 training images, the last epoch counts, all 10,000 test images. Rows that are in
-`results/recover.json` already are left alone; a run that was killed goes on from `build/recover`.
+`results/recover.json` already are left alone; a run that was killed goes on from `build/recover`. What the teacher gives to a batch is kept there
+too: runs of one seed see the same batches in the same order, whatever they train.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,24 @@ def top1(task: Task, model: nn.Module) -> float:
     return task.evaluate(model.eval().to(memory_format=torch.contiguous_format), None)["top1"]  # type: ignore[call-overload]
 
 
+class Remembered(nn.Module):
+    """A teacher that looks up what it gave to the same bytes before, in this process or another."""
+
+    def __init__(self, teacher: nn.Module, folder: Path):
+        super().__init__()
+        self.teacher, self.folder = teacher, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = self.folder / hashlib.sha1(x.contiguous().numpy()).hexdigest()
+        if kept.exists():
+            return torch.load(kept, weights_only=True)  # type: ignore[no-any-return]
+        given: torch.Tensor = self.teacher(x)
+        torch.save(given, part := kept.with_suffix(f".{os.getpid()}"))
+        part.replace(kept)
+        return given
+
+
 def cut(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     name = f"{task.name}-{options.share}-{options.method.replace('/', '_')}-{options.epochs:g}-{seed}"
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -56,7 +77,8 @@ def cut(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     seconds, before = time.monotonic() - begin, top1(task, model)
     print(name, "without training", before, flush=True)
     how = Training(options.epochs, distil=0.9, precision="bfloat16", channels_last=True, augment="flip_crop", seed=seed)
-    done = recover(model, training_images(task.name == "ic_resnet8"), how, teacher=task.dense(), folder=BUILD / name, progress=told)
+    teacher = Remembered(task.dense(), BUILD / f"teacher-{task.name}")
+    done = recover(model, training_images(task.name == "ic_resnet8"), how, teacher=teacher, folder=BUILD / name, progress=told)
     macs = [count(m, task.args()).macs for m in (task.dense(), model)]
     return {"share": options.share, "method": options.method, "macs": macs[1] / macs[0], "without_training": before, "recovered": top1(task, model),
             "seconds_of_pruning": seconds, "history": done.history}  # fmt: skip

@@ -19,7 +19,18 @@ def run(processes, kind, folder, out, steps=-1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["copies", "shard"])
+@pytest.mark.parametrize("kind", ["cubic", "rigl", "ac_dc"])
+def test_a_schedule_of_weights_spread_over_two_processes_is_that_of_one(kind, tmp_path):
+    run(1, kind, tmp_path, tmp_path / "one.pt")
+    run(2, kind, tmp_path, tmp_path / "two.pt")
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    assert one["plan"].keys() == two["plan"].keys() and all(torch.equal(mask, two["plan"][name]) for name, mask in one["plan"].items())
+    for name, tensor in one["state"].items():
+        torch.testing.assert_close(two["state"][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["copies", "shard", "lora"])
 def test_two_processes_train_as_one(kind, tmp_path):
     pytest.importorskip("accelerate")
     run(1, kind, tmp_path / "a", tmp_path / "one.pt")

@@ -12,6 +12,7 @@ import secateur as sc
 from secateur.errors import DataError, FormatError, InputError, TrainingError
 from secateur.models.data import Batches
 from secateur.models.folder import read, save_trained
+from secateur.pack.archive import is_deflated
 from secateur.recover import Training, recover
 from secateur.recover import loss as losses
 from secateur.recover.checkpoint import FILE, state_of
@@ -48,6 +49,7 @@ def masked(model, x):
 
 
 HOWS = {
+    "lora": Training(epochs=3, train="lora", lr=0.02, rank=2),
     "sgd": Training(epochs=3, lr=0.05), "adamw": Training(epochs=3, optimizer="adamw", lr=0.01), "average": Training(epochs=3, ema=0.9),
     "bfloat16": Training(epochs=2, precision="bfloat16", lr=0.05), "moved": Training(epochs=2, augment="flip_crop", channels_last=True),
 }  # fmt: skip
@@ -396,3 +398,36 @@ def test_a_folder_is_not_written_with_weights_under_its_mask(tmp_path):
     with pytest.raises(FormatError, match=r"layers.0.weight: \d+ weights that the plan removed are not zero"):
         save_trained(saved, state, tmp_path / "to", {})
     assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_a_folder_is_written_as_it_was_saved(entropy, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256))
+    result = sc.sparsify(model, (torch.randn(2, 256),), sc.Sparse(keep="5%", by="magnitude", refit=False))
+    saved = read(sc.save(result, tmp_path / "out", entropy=entropy))
+    done = save_trained(saved, state_of(result.model), tmp_path / "to", {})
+    files = [folder / "model.safetensors" for folder in (tmp_path / "out", done)]
+    assert [is_deflated(f) for f in files] == [entropy, entropy] and files[0].stat().st_size == files[1].stat().st_size
+
+
+def test_every_epoch_is_told_and_measured():
+    told, valid = [], rows(40, seed=1)
+    done = recover(net(dropout=0.0), rows(), Training(epochs=2.5), valid=valid, watch=lambda history, steps: told.append((history, steps)))
+    assert [len(history) for history, _ in told] == [0, 1, 2, 3] and {steps for _, steps in told} == {8}
+    assert told[-1][0] == done.history and told[1][0] == done.history[:1]
+    model = done.model.eval()
+    with torch.no_grad():
+        scores = model(valid.inputs)
+    assert done.history[-1]["valid_loss"] == pytest.approx(float(F.cross_entropy(scores, valid.labels)), rel=1e-5)
+    assert done.history[-1]["valid"] == pytest.approx(float((scores.argmax(1) == valid.labels).float().mean()))
+
+
+def test_validation_data_without_labels_is_measured_against_the_teacher():
+    teacher, valid = net(1), Batches(rows(40, seed=1).inputs, None, 16)
+    done = recover(net(dropout=0.0), rows(), Training(epochs=1, distil=1.0), valid=valid, teacher=teacher)
+    with torch.no_grad():
+        wanted = losses.distance(done.model.eval()(valid.inputs), teacher.eval()(valid.inputs), 4.0)
+    assert done.history[0]["valid_loss"] == pytest.approx(float(wanted), rel=1e-5) and "valid" not in done.history[0]
+    with pytest.raises(DataError, match="validation data is empty"):
+        recover(net(), rows(), Training(epochs=1), valid=[])

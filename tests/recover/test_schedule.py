@@ -106,6 +106,16 @@ def test_the_curve_is_the_formula_at_every_step(kind, begin, way, every, percent
     assert time.done(100) == 1  # exactly
 
 
+@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize("keep", ["99.9999999999999999%", "0.00000000000000001%", 1e-300])
+def test_shares_that_are_one_or_nothing_as_a_float(kind, keep):
+    time = Gradual(keep=keep, kind=kind, begin=0, end=60, every=10).over(100)
+    done = [float(time.done(t)) for t in range(101)]
+    assert done == sorted(done) and done[0] >= 0 and done[100] == 1
+    if kind == "iterative" and keep == "99.9999999999999999%":
+        assert done[25] == pytest.approx(3 / 7)  # so little goes that every round takes as much
+
+
 @pytest.mark.parametrize("budget", ["uniform", "erk", "lamp", {"conv.weight": 0.5, "grouped.weight": "10%", "fc.weight": 1, "head.weight": 0.3}])
 @pytest.mark.parametrize("kind", NESTED)
 def test_every_layer_has_the_zeros_of_the_formula_after_every_step(kind, budget):

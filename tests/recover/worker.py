@@ -1,14 +1,21 @@
-"""One training run in this process, which may be one of several that torchrun started: `python worker.py KIND FOLDER OUT EPOCHS STEPS`."""
+"""One training run in this process, which may be one of several that torchrun started: `python worker.py KIND FOLDER OUT EPOCHS STEPS`.
 
+KIND is copies, shard or lora for `recover`; or a kind of schedule in a loop of its own, the weights spread over the processes.
+"""
+
+import os
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import secateur as sc
 from secateur.models.data import Batches
-from secateur.recover import Training, recover
+from secateur.recover import Gradual, Schedule, Training, recover
+from secateur.recover.checkpoint import full, state_of
+from secateur.recover.order import part_of
 
 
 class Block(nn.Module):
@@ -46,12 +53,51 @@ class Stop(Exception):
     pass
 
 
+def scheduled(kind, out, epochs):
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    model, data = Mixer(), rows()
+    if world > 1:
+        from torch.distributed.fsdp import fully_shard
+
+        dist.init_process_group("gloo")
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    schedule = Schedule(model, optimizer, Gradual("20%", kind=kind, budget="lamp", every=2), int(epochs) * len(data))
+    halfway = None
+    for epoch in range(int(epochs)):
+        for whole in data:
+            x, y = part_of(whole, rank, world)
+            loss = nn.functional.cross_entropy(model(x), y) * len(y) * world / len(whole[1])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if epoch == 0:
+            halfway = schedule.state_dict()
+    again = Schedule(model, torch.optim.AdamW(model.parameters(), 0.01), Gradual("20%", kind=kind, budget="lamp", every=2), schedule.steps)
+    again.load_state_dict(halfway)
+    assert again.step == len(data) and all(torch.equal(m, halfway["masks"][n]) for n, m in again.masks.items())
+    again.remove()
+    for name, mask in again.masks.items():
+        assert again.time.dense(again.step) or not full(model.get_parameter(name))[~mask].any()
+    state, mean = state_of(model), loss.detach() / world
+    if world > 1:
+        dist.all_reduce(mean)
+    if rank == 0:
+        torch.save({"state": state, "loss": float(mean), "plan": dict(schedule.plan().weights)}, Path(out))
+    if world > 1:
+        dist.destroy_process_group()
+
+
 def main(kind, folder, out, epochs, steps):
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if kind not in ("copies", "shard", "lora"):
+        return scheduled(kind, out, epochs)
     data = rows()
     result = sc.sparsify(Mixer().eval(), (data.inputs[:2],), sc.Sparse(keep="40%", by="magnitude", refit=False))
-    how = Training(epochs=float(epochs), optimizer="adamw", lr=0.01, shard=kind == "shard", every=0.0)
+    how = Training(epochs=float(epochs), optimizer="adamw", lr=0.01, shard=kind == "shard", every=0.0, train="lora" if kind == "lora" else "all")
 
     def progress(step, total, loss):
         if step == int(steps):
@@ -61,13 +107,11 @@ def main(kind, folder, out, epochs, steps):
         done = recover(result.model, data, how, plan=result.plan, folder=folder, progress=progress)
     except Stop:
         return
-    from secateur.recover.checkpoint import state_of
-
     state = state_of(done.model)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save({"state": state, "loss": done.history[-1]["loss"], "plan": dict(result.plan.weights)}, Path(out))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

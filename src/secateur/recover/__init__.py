@@ -1,11 +1,15 @@
 """Training a pruned model back, pruning while a network is trained, and what it learned.
 
-    recover      training by us: distillation, checkpoints, one process or many
+    recover      training by us: distillation, checkpoints, one process or many; all weights, norms, or low-rank updates
+    reconstruct  block by block what the dense model gives there, without labels
     Schedule     zeros that come, and move, during your own training
     penalties    sparse training before the cut
     generalise   train and test gap, calibration, noise
 """
 
+from secateur.recover.blocks import Reconstructed as Reconstructed
+from secateur.recover.blocks import Reconstruction as Reconstruction
+from secateur.recover.blocks import reconstruct as reconstruct
 from secateur.recover.callbacks import lightning_callback as lightning_callback
 from secateur.recover.callbacks import trainer_callback as trainer_callback
 from secateur.recover.generalise import Generalisation as Generalisation

@@ -17,10 +17,14 @@ from secateur.errors import FormatError, InputError
 FILE, FORMAT = "checkpoint.pt", "secateur-training/1"
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of one that is spread over processes too (a DTensor); every process has to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def full(tensor: Tensor) -> Tensor:
-    """All of a tensor on the CPU, of one that is spread over processes too; every process has to ask."""
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
-    return whole.detach().to("cpu", copy=True)
+    """All of a tensor on the CPU, a copy; every process has to ask."""
+    return whole(tensor).detach().to("cpu", copy=True)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -107,7 +111,7 @@ def read(folder: Path, settings: Mapping[str, Any], begun: str) -> dict[str, Any
         odd = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
         raise InputError(f"{path} is of a run with other settings: {', '.join(f'{k} was {before.get(k)!r}' for k in odd[:3])}.\n"
                          "  Use them again, or another folder.")  # fmt: skip
-    if begun not in (held["begun"], digest(held["model"])):
+    if begun not in (held["begun"], held.get("ends") or digest(held["model"])):
         raise InputError(f"{path} is of a run that began with other weights than these.\n  Pass the model that it began with, or use another folder.")
     return held
 

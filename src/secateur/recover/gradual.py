@@ -164,8 +164,9 @@ class Timeline:
         last = (t - self.begin) // self.every
         if self.kind == "iterative":
             rounds = (self.end - self.begin) // self.every + 1
-            keep = float(self.keep)
-            return Fraction((1 - keep ** (min(last + 1, rounds) / rounds)) / (1 - keep))
+            gone = float(1 - self.keep)  # exact before it is rounded: a share just below 1 is 1 as a float
+            power = math.log(self.keep) if gone > 0.5 else math.log1p(-gone)
+            return Fraction(math.expm1((last + 1) / rounds * power) / -gone) if last + 1 < rounds else Fraction(1)
         u = 1.0 if t >= self.end else last * self.every / (self.end - self.begin)
         if self.kind == "cubic":
             return Fraction(1 - (1 - u) ** 3)

@@ -13,22 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import DataError, TrainingError
-from secateur.masks.hold import Hold, hold
-from secateur.models.quality import accuracy, scores_of
+from secateur.masks.hold import Hold, hold, zero
+from secateur.models.quality import scores_of
 from secateur.plan import Plan
 from secateur.recover import checkpoint, modes
 from secateur.recover import loss as losses
 from secateur.recover.engine import Engine, engine
+from secateur.recover.lora import INSIDE, LowRank
 from secateur.recover.order import Order, augmented, mixed, part_of, rows_of
-from secateur.recover.training import Training
+from secateur.recover.training import LORA, Training
+from secateur.recover.validate import parted, validated
 
 Progress = Callable[[int, int, float], None]  # step, steps, loss
+Watch = Callable[[list[dict[str, float]], int], None]  # the history so far, steps in all
 
 
 @dataclass
 class Recovered:
     """The model that was trained, in place; `history`: one row per epoch (and one for a part of one at the end): epoch, step, lr, loss (the mean of
-    the epoch), seconds and, where there is validation data, valid (accuracy, 0..1)."""
+    the epoch), seconds and, where there is validation data, valid_loss (the same loss) and, with class numbers, valid (accuracy, 0..1)."""
 
     model: nn.Module
     history: list[dict[str, float]]
@@ -41,6 +44,7 @@ class Recovered:
 def recover(  # noqa: PLR0913  # the one call; every parameter is a choice of its own
     model: nn.Module, data: Iterable[Any], how: Training | None = None, *, plan: Plan | None = None, teacher: nn.Module | None = None,
     valid: Iterable[Any] | None = None, folder: str | Path | None = None, loss: losses.Loss | None = None, progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Recovered:  # fmt: skip
     """Train `model` in place.
 
@@ -50,10 +54,11 @@ def recover(  # noqa: PLR0913  # the one call; every parameter is a choice of it
         how: the choices; the defaults need no tuning.
         plan: its zeros stay zero (`hold`).
         teacher: the dense model, which is not trained.
-        valid: labelled batches that are measured after every epoch, and never trained on.
+        valid: batches that are measured after every epoch, and never trained on.
         folder: for checkpoints. A run that finds one there goes on from it, and ends as if it had never stopped.
         loss: (what the model gives, labels or the dict) -> a number, instead of `task_loss`.
         progress: called after every step with (step, steps, loss).
+        watch: called when training begins and after every epoch with (history so far, steps in all).
 
     Started by `torchrun`, the rows of each batch are shared by the processes; `data` has to be the same in all of them.
 
@@ -63,7 +68,7 @@ def recover(  # noqa: PLR0913  # the one call; every parameter is a choice of it
         InputError, FormatError: a checkpoint of another run, or one that cannot be read or written.
     """
     run = Run(model, Order(data, (how or Training()).batch, (how or Training()).seed), how or Training(), engine((how or Training()).shard))
-    run.teacher, run.loss, run.valid = teacher, loss, valid
+    run.teacher, run.loss, run.valid, run.watch = teacher, loss, valid, watch
     return run.through(plan, None if folder is None else Path(folder), progress)
 
 
@@ -73,7 +78,9 @@ class Run:
     teacher: nn.Module | None = None
     loss: losses.Loss | None = None
     valid: Iterable[Any] | None = None
+    watch: Watch | None = None
     held: Hold | None = None
+    beside: LowRank | None = None
 
     def __init__(self, model: nn.Module, order: Order, how: Training, own: Engine):
         self.model, self.order, self.how, self.engine = model, order, how, own
@@ -110,10 +117,14 @@ class Run:
 
     def _ready(self, first: Any, found: Mapping[str, Any] | None, plan: Plan | None) -> None:
         """The model spread over the processes, an optimizer of its parameters, zeros held, and the state of a checkpoint."""
-        model, how = self.model, self.how
+        model, how, masked = self.model, self.how, plan if plan is not None and plan.weights else None
+        if masked:
+            zero(model, masked)
+        if how.train == LORA:
+            self.beside = LowRank(model, plan, how.rank, how.seed)
         self.called = self.engine.wrapped(model)
         self.optimizer = how.made(model, self.order.size or rows_of(first))
-        self.held = hold(model, plan, self.optimizer) if plan is not None and plan.weights else None
+        self.held = hold(model, masked, self.optimizer) if masked and how.train == "all" else None  # else no masked weight moves
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.shadow = {n: p.detach().clone() for n, p in model.named_parameters()} if how.ema is not None else {}
         if self.teacher is not None:
@@ -132,6 +143,8 @@ class Run:
         if self.held is not None:
             self.held.again()
             self.held.remove()
+        if self.beside is not None:
+            self.beside.merge()
         for p in self.model.parameters():
             p.grad = None
         if self.how.channels_last:
@@ -140,6 +153,7 @@ class Run:
     def _epochs(self, settings: Mapping[str, Any], folder: Path | None, progress: Progress | None) -> None:
         each, last = self.order.steps, time.monotonic()
         self.began = time.monotonic()
+        self._watched()
         while self.step < self.steps:
             number, begin = divmod(self.step, each)
             batches = self.order.epoch(number, begin)
@@ -162,6 +176,7 @@ class Run:
                 ended = self.step % each == 0 or self.step == self.steps
                 if ended:
                     self._measured(number, (self.step - 1) % each + 1, lambda: self._save(settings, folder))
+                    self._watched()
                 if ended or (folder and self.engine.any(time.monotonic() - last >= self.how.every)):
                     self._save(settings, folder)
                     last = time.monotonic()
@@ -193,12 +208,18 @@ class Run:
     def _loss(self, batch: Any) -> Tensor:
         how = self.how
         place = next(self.model.parameters()).device
-        args, kwargs, labels = _parted(batch, place)
+        args, kwargs, labels = parted(batch, place)
         if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
             x = augmented(args[0], how.augment, mixed(how.seed, self.step, 1001 + self.engine.rank))
             args = (x.to(memory_format=torch.channels_last) if how.channels_last else x,)
+        return self._valued((args, kwargs, labels), self.called)[0]
+
+    def _valued(self, batch: tuple[tuple, dict[str, Any], Any], called: nn.Module) -> tuple[Tensor, Any]:
+        """What is made small, and what the model gives. `batch`: args, kwargs, labels; `called`: the model, or what is around it in training."""
+        how, (args, kwargs, labels) = self.how, batch
+        place = next(self.model.parameters()).device
         with torch.autocast(place.type, torch.bfloat16, enabled=how.precision == "bfloat16"), losses.outputs(self.model, self.inner) as ours:
-            output = self.called(*args, **kwargs)
+            output = called(*args, **kwargs)
         own: Tensor | None
         if self.loss is not None:
             own = self.loss(output, labels)
@@ -209,18 +230,19 @@ class Run:
         if self.teacher is None:
             if own is None:
                 raise DataError("These batches have no labels, and there is no teacher.\n  Give (inputs, labels), loss=, or teacher=.")
-            return own
+            return own, output
         autocast = torch.autocast(place.type, torch.bfloat16, enabled=how.precision == "bfloat16")
         with torch.no_grad(), autocast, losses.outputs(self.teacher, self.inner) as theirs:
             wanted = scores_of(self.teacher(*args, **kwargs))
         distilled = losses.distance(scores_of(output), wanted, how.temperature)
         value = distilled if own is None else how.distil * distilled + (1 - how.distil) * own
-        return value + how.features * losses.apart(ours, theirs) if self.inner else value
+        return value + how.features * losses.apart(ours, theirs) if self.inner else value, output
 
     def _refused(self, batch: Any, value: float) -> None:
         """The layer that first gives what is not finite, and the state of before."""
-        args, kwargs, _ = _parted(batch, next(self.model.parameters()).device)
-        names = [n for n, m in self.model.named_modules() if n and not any(True for _ in m.children())]
+        args, kwargs, _ = parted(batch, next(self.model.parameters()).device)
+        names = [n for n, m in self.model.named_modules()
+                 if n and INSIDE not in f".{n}." and all(c == INSIDE.strip(".") for c, _ in m.named_children())]  # fmt: skip
         with torch.no_grad(), losses.outputs(self.model, names) as held:
             self.model(*args, **kwargs)
         layer = next((n for n, t in held.items() if not bool(torch.isfinite(t).all())), None)
@@ -234,7 +256,7 @@ class Run:
         assert self.teacher is not None
         place = next(self.model.parameters()).device
         self.teacher.to(place).eval()
-        args, kwargs, _ = _parted(part_of(batch, 0, rows_of(batch)), place)  # one row
+        args, kwargs, _ = parted(part_of(batch, 0, rows_of(batch)), place)  # one row
         if self.how.features:
             with self.mode.rest():
                 self.inner = losses.matched(self.model, self.teacher, lambda m: m(*args, **kwargs))
@@ -253,12 +275,16 @@ class Run:
         kept = {n: self.model.get_parameter(n).detach().clone() for n in self.shadow}
         self._averaged()
         try:
-            with self.mode.rest():
-                row["valid"] = accuracy(self.model, self.valid)
+            with torch.no_grad(), self.mode.rest():
+                row |= validated(self.valid, lambda batch: self._valued(batch, self.model), next(self.model.parameters()).device)
         finally:
             with torch.no_grad():
                 for name, weights in kept.items():
                     self.model.get_parameter(name).copy_(weights)
+
+    def _watched(self) -> None:
+        if self.watch:
+            self.watch([dict(row) for row in self.history], self.steps)
 
     def _save(self, settings: Mapping[str, Any], folder: Path | None) -> None:
         self.good = checkpoint.state_of(self.model)
@@ -267,7 +293,7 @@ class Run:
         shadow = {n: checkpoint.full(t) for n, t in self.shadow.items()}
         held = {"settings": json.dumps(settings), "begun": self.begun, "step": self.step, "total": self.total, "history": self.history,
                 "seconds": self._seconds(), "model": self.good, "optimizer": checkpoint.optimizer_state(self.model, self.optimizer),
-                "shadow": shadow}  # fmt: skip
+                "shadow": shadow, "ends": checkpoint.digest(self.beside.merged(self.good)) if self.beside else None}  # fmt: skip
         if self.engine.rank == 0:
             checkpoint.write(folder, held)
         self.engine.wait()
@@ -290,18 +316,3 @@ class Run:
         self.begun = found["begun"]
         self.step, self.total, self.history, self.spent = found["step"], found["total"], list(found["history"]), found["seconds"]
 
-
-def _parted(batch: Any, place: torch.device) -> tuple[tuple, dict[str, Any], Any]:
-    """(args, kwargs, labels) of a batch; the labels of a dict are the dict."""
-
-    def there(value: Any) -> Any:
-        return value.to(place) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        kwargs = {k: there(v) for k, v in batch.items()}
-        return (), kwargs, kwargs
-    if isinstance(batch, (tuple, list)):
-        if len(batch) != 2:
-            raise DataError(f"A batch of the data has {len(batch)} parts.\n  Give (inputs, labels), inputs alone, or a dict.")
-        return (there(batch[0]),), {}, there(batch[1])
-    return (there(batch),), {}, None

@@ -91,7 +91,12 @@ def part_of(batch: Any, rank: int, world: int) -> Any:
     if world == 1:
         return batch
     n = rows_of(batch)
-    begin, end = rank * n // world, (rank + 1) * n // world
+    return rows_from(batch, rank * n // world, (rank + 1) * n // world)
+
+
+def rows_from(batch: Any, begin: int, end: int) -> Any:
+    """The rows from `begin` to `end` of all tensors of a batch that have as many as it."""
+    n = rows_of(batch)
     return tree_map_only(Tensor, lambda t: t[begin:end] if t.dim() and len(t) == n else t, dict(batch) if isinstance(batch, Mapping) else batch)
 
 

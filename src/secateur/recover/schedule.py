@@ -23,6 +23,8 @@ from secateur.errors import InputError, PlanError
 from secateur.masks.select import Selection, spread
 from secateur.pattern import share, written
 from secateur.plan import Cost, Plan
+from secateur.recover.checkpoint import spread as spread_like
+from secateur.recover.checkpoint import whole
 from secateur.recover.gradual import NESTED, Gradual
 from secateur.recover.regrow import moved
 from secateur.recover.sparse_layers import at, drawn, largest, layers_of, plain
@@ -38,6 +40,8 @@ class Schedule:
     of them; in the dense phases of "ac_dc", and before `begin`, nothing is touched. Nothing is added to the model but hooks: its state dict,
     `torch.compile` and `torch.export` see no difference. Gradients may be accumulated over several batches; a step that a gradient scaler
     skips is not counted. A closure given to `optimizer.step` (LBFGS) works with all kinds but "rigl".
+
+    Weights may be spread over processes (FSDP2's `fully_shard`, before this): every process finds the same masks from the whole weights.
 
     In a step after which "rigl" grows weights, gradients are dense until `optimizer.step()` is called: the norm that a clipping sees is theirs.
 
@@ -70,7 +74,8 @@ class Schedule:
         self.shares = self._shares()
         self.random = torch.Generator().manual_seed(how.seed)
         self.step = 0
-        self.masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in self.weights.items()}
+        self.masks = {n: torch.ones(p.shape, dtype=torch.bool, device=p.device) for n, p in self.weights.items()}
+        self._spread = dict[str, tuple[Tensor, Tensor]]()  # of weights spread over processes: the mask, and what is gone as they are spread
         first = self._next() if self.time.changes(0) else None
         self._first: dict[str, Tensor] | None = {}  # weights as they were given, until the first step
         if first is not None:
@@ -140,7 +145,7 @@ class Schedule:
         with torch.no_grad():
             for name, before in (self._first or {}).items():
                 p = self.weights[name]
-                if torch.equal(p, before.to(p).masked_fill(self._gone(name), 0)):
+                if torch.equal(whole(p), whole(before.to(p.device).masked_fill(self._gone(name), 0))):
                     p.copy_(before)  # what making this schedule zeroed may be alive in the mask of the state
         self._first = {}
         self.step = int(state["step"])
@@ -167,10 +172,10 @@ class Schedule:
         """Before a step of the optimizer."""
         if self._first is not None:  # the first one: what the optimizer was given may remember weights that went since
             for name in self.masks:
-                self._forget(name, self._gone(name))
+                self._forget(name, ~self.masks[name])
             self._first = None
         if self.how.kind == "rigl" and self.time.regrows(self.step + 1):
-            self._dense = {n: p.grad.detach().abs() for n, p in self.weights.items() if p.grad is not None}
+            self._dense = {n: whole(p.grad.detach()).abs() for n, p in self.weights.items() if p.grad is not None}
         for name, p in self.weights.items():
             if p.grad is not None:
                 p.grad.masked_fill_(self._gone(name), 0)
@@ -197,25 +202,33 @@ class Schedule:
                 if p.grad is not None:
                     p.grad.masked_fill_(self._gone(name), 0)
 
+    def _mask(self, name: str) -> Tensor:
+        """The mask of a weight, whole, on the device that it is on now."""
+        if self.masks[name].device != self.weights[name].device:
+            self.masks[name] = self.masks[name].to(self.weights[name].device)
+        return self.masks[name]
+
     def _gone(self, name: str) -> Tensor:
-        """Where a weight is zero, on the device that it is on now."""
-        p = self.weights[name]
-        if self.masks[name].device != p.device:
-            self.masks[name] = self.masks[name].to(p.device)
-        return ~self.masks[name]
+        """Where a weight is zero, spread over processes as it is."""
+        p, mask = self.weights[name], self._mask(name)
+        if not hasattr(p, "full_tensor"):
+            return ~mask
+        if name not in self._spread or self._spread[name][0] is not mask:
+            self._spread[name] = (mask, spread_like(~mask, p))
+        return self._spread[name][1]
 
     def _forget(self, name: str, where: Tensor) -> None:
         """Make what the optimizer remembers of these weights 0, in every state that has a value for each weight."""
         p = self.weights[name]
         for value in self.optimizer.state.get(p, {}).values():
             if isinstance(value, Tensor) and value.shape == p.shape and value.dim():
-                value.masked_fill_(where.to(value.device), 0)
+                value.masked_fill_(spread_like(where, value), 0)
 
     # ------------------------------------------------------------------ which weights stay
     def _shares(self) -> dict[str, Fraction]:
         """What stays of each layer in the end."""
-        place = "cpu" if self.how.budget == "lamp" else "meta"  # the others look at shapes alone
-        state = {n: p.detach().to(place) for n, p in self.weights.items()}
+        lamp = self.how.budget == "lamp"  # the others look at shapes alone
+        state = {n: whole(p.detach()).cpu() if lamp else torch.empty(p.shape, dtype=p.dtype, device="meta") for n, p in self.weights.items()}
         given = self.how.budget if isinstance(self.how.budget, str) else {n: share(s, dense=True) for n, s in self.how.budget.items()}
         return {n: x.keep for n, x in spread(Selection(self.layers), state, self.how.pattern, self.time.keep, given).items()}
 
@@ -230,13 +243,16 @@ class Schedule:
             self.shares = self._shares()
         if self.time.regrows(self.step):
             return {n: self._moved(n) for n in self.layers}
-        of = (self.layers, self.weights, self.how.pattern, self._shares_now())
+        pattern, shares = self.how.pattern, self._shares_now()
         if self.how.kind == "static" or (self.how.kind in ("rigl", "set") and self.how.start == "random"):
-            return drawn(*of, self.random)
-        return largest(*of, {n: ~self._gone(n) for n in self.masks} if self.how.kind in NESTED else None)
+            return drawn(self.layers, self.weights, pattern, shares, self.random)
+        found = dict[str, Tensor]()
+        for n, layer in self.layers.items():  # one by one: a weight that is spread over processes is whole only here
+            found |= largest({n: layer}, {n: whole(self.weights[n])}, pattern, shares, {n: self._mask(n)} if self.how.kind in NESTED else None)
+        return found
 
     def _moved(self, name: str) -> Tensor:
-        active, p = ~self._gone(name), self.weights[name]
+        active, p = self._mask(name), whole(self.weights[name])
         count = int(self.time.moving(self.step) * int(active.sum()))
         score = self._dense.get(name) if self.how.kind == "rigl" else torch.rand(p.shape, generator=self.random).to(p.device)
         if score is None or bool(active.all()):  # without a gradient, or without a place to come to, nothing moves

@@ -65,6 +65,11 @@ def layers_of(model: nn.Module, pattern: Pattern, ignore: Sequence[str] = ()) ->
     return chosen
 
 
+def weights_of(model: nn.Module) -> list[str]:
+    """The weights of the linear layers (those of attention too) and convolutions among the modules, by name."""
+    return [layer.weight for layer, _ in _candidates(model)]
+
+
 def _candidates(model: nn.Module) -> Iterator[tuple[Layer, nn.Parameter]]:
     for path, module in model.named_modules():
         more: dict = {}
@@ -86,7 +91,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Layer, nn.Parameter]]:
 
 def _misfit(layer: Layer, weight: Tensor, pattern: Pattern) -> str:
     """Why the pattern cannot be put into this layer, '' where it can."""
-    rows, cols = (int(s) for s in layer.matrix(weight).shape[1:])
+    rows, cols = (int(s) for s in layer.matrix(torch.empty(weight.shape, device="meta")).shape[1:])  # it may be spread over processes
     r, c = pattern.unit
     if isinstance(pattern, Kernels):
         return ""  # whole in every convolution

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from secateur.errors import InputError
+from secateur.recover.lora import Update
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-SGD, ADAMW = "sgd", "adamw"
+SGD, ADAMW, LORA = "sgd", "adamw", "lora"
 RATE = {SGD: 0.02, ADAMW: 3e-4}  # of a batch of 128: a fifth of what such networks are trained with from the start
+UPDATES = 10  # times that for low-rank updates, which begin as zeros
 DECAY = {SGD: 5e-4, ADAMW: 0.01}
 ROWS = 128
 
@@ -26,11 +28,13 @@ class Training:
     Attributes:
         epochs: passes over the data; fractions count.
         batch: rows of a step, of all processes together; as the data has them where it is None.
-        lr: the highest learning rate; None: 0.02 with SGD and 3e-4 with AdamW, times batch / 128.
-        optimizer: "sgd" (Nesterov, momentum 0.9) or "adamw"; "auto": SGD for a model with batch norms, else AdamW.
+        lr: the highest learning rate; None: 0.02 with SGD and 3e-4 with AdamW, ten times that for "lora", times batch / 128.
+        optimizer: "sgd" (Nesterov, momentum 0.9) or "adamw"; "auto": SGD for a model with batch norms, else and for "lora" AdamW.
         weight_decay: None: 5e-4 with SGD, 0.01 with AdamW; never on norms and biases.
         warmup: share of the steps in which the rate rises; then it falls as a cosine, to 0 (Loshchilov & Hutter 2017).
-        train: "all", or "norms": norms and biases alone (Zimmer et al. 2023).
+        train: "all"; "norms": norms and biases alone; "lora": they, and low-rank updates beside the weights of linear layers and convolutions, which
+            are merged into them at the end and lose no zero (Zimmer et al. 2023; `secateur.recover.lora`).
+        rank: of those updates.
         distil: share of the loss that comes from the teacher, where there is one (Hinton et al. 2015).
         temperature: that its outputs are divided by.
         features: weight of the squared distance between inner outputs of the same name and shape (Romero et al. 2015).
@@ -62,9 +66,10 @@ class Training:
     seed: int = 0
     shard: bool = False
     every: float = 120.0
+    rank: int = 8
 
     def __post_init__(self) -> None:
-        words = {"optimizer": ("auto", SGD, ADAMW), "train": ("all", "norms"), "precision": ("float32", "bfloat16"),
+        words = {"optimizer": ("auto", SGD, ADAMW), "train": ("all", "norms", "lora"), "precision": ("float32", "bfloat16"),
                  "augment": ("none", "flip", "flip_crop")}  # fmt: skip
         for name, known in words.items():
             if getattr(self, name) not in known:
@@ -79,18 +84,28 @@ class Training:
             if value is not None and (value < 0 or not math.isfinite(value) or (name == "ema" and value >= 1) or (name == "batch" and value < 1)):
                 raise InputError(f"{name}={value}: {'a decay below 1' if name == 'ema' else 'a positive number'} is asked.\n  Or leave it out.")
 
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise InputError(f"rank={self.rank!r} is no rank of a matrix.\n  Give a whole number from 1 on, such as 8.")
+        if self.train == LORA and self.shard:
+            raise InputError("train='lora' beside shard: the updates are not spread over processes.\n"
+                             "  Leave shard out: the optimizer keeps little for them.")  # fmt: skip
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {k: v for k, v in asdict(self).items() if k != "rank" or self.train == LORA}
 
     def kind(self, model: nn.Module) -> str:
         """ "sgd" or "adamw"."""
         if self.optimizer != "auto":
             return self.optimizer
+        if self.train == LORA:
+            return ADAMW
         return SGD if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else ADAMW
 
     def rate(self, model: nn.Module, rows: int) -> float:
         """The highest learning rate for batches of so many rows."""
-        return self.lr if self.lr is not None else RATE[self.kind(model)] * rows / ROWS
+        if self.lr is not None:
+            return self.lr
+        return RATE[self.kind(model)] * rows / ROWS * (UPDATES if self.train == LORA else 1)
 
     def at(self, step: int, steps: int) -> float:
         """What the highest rate is multiplied with at a step, 0 to 1."""
@@ -126,6 +141,6 @@ def _trained(model: nn.Module, which: str) -> Iterator[tuple[nn.Parameter, bool]
             if parameter is None or not parameter.requires_grad or id(parameter) in seen:
                 continue
             small = isinstance(module, NORMS) or name == "bias" or parameter.dim() < 2
-            if which == "all" or small:
+            if which == "all" or small or isinstance(module, Update):
                 seen.add(id(parameter))
                 yield parameter, not small
