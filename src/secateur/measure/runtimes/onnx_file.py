@@ -49,12 +49,9 @@ def exported(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[
     """
     with TemporaryDirectory(prefix="secateur-onnx-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "model.onnx"
-        with _quietly():
+        with quietly():
             try:
-                program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, verbose=False)
-                if program is None:
-                    raise RuntimeError("the exporter returned nothing")
-                program.save(str(path))
+                write_onnx(model, path, args, kwargs)
             except Exception as error:  # the exporter wraps whatever failed below it
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
                 raise ModelError(
@@ -64,8 +61,39 @@ def exported(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[
         yield path
 
 
+def write_onnx(
+    model: nn.Module | torch.export.ExportedProgram, path: Path, args: tuple = (), kwargs: dict[str, Any] | None = None, *, batch: bool = False
+) -> None:
+    """The ONNX file of a module called with `args` and `kwargs`, or of an exported program. `batch`: free dimensions get names.
+    Raises whatever the exporter raises."""
+    program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, verbose=False)
+    if program is None:
+        raise RuntimeError("the exporter returned nothing")
+    if batch:
+        _call_them(program.model)
+    program.save(str(path))
+
+
+def _call_them(model: Any, names: Sequence[str] = ("batch", "length")) -> None:
+    """The exporter calls a free dimension s31; the first one of an input is the batch, the second the length of tokens."""
+    import onnx_ir
+
+    said: dict[str, str] = {}
+    for position, name in enumerate(names):
+        free = {str(v.shape[position]) for v in model.graph.inputs if v.shape and len(v.shape) > position and _open(v.shape[position])}
+        if len(free) == 1:
+            said.setdefault(free.pop(), name)
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape:
+            value.shape = onnx_ir.Shape([said.get(str(size), size) for size in value.shape])
+
+
+def _open(size: Any) -> bool:
+    return not isinstance(size, int)
+
+
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """The exporter warns of its own deprecations and logs every package it does without."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -107,7 +135,7 @@ def agree(model: nn.Module, args: tuple, kwargs: dict[str, Any], run: Callable[[
             f"{who} gives outputs of shapes {[tuple(t.shape) for t in found]} for {type(model).__name__}, "
             f"torch gives {[tuple(t.shape) for t in wanted]}.\n  Return plain tensors from forward(), each once."
         )
-    worst = max((_deviation(a.double(), b.double()) for a, b in zip(wanted, found, strict=True)), default=0.0)
+    worst = max((deviation(a, b)[1] for a, b in zip(wanted, found, strict=True)), default=0.0)
     if not worst <= TOLERANCE:
         raise ModelError(
             f"{who} deviates from torch by {worst:.1e} of the largest output of {type(model).__name__}; at most {TOLERANCE:.0e} "
@@ -116,9 +144,11 @@ def agree(model: nn.Module, args: tuple, kwargs: dict[str, Any], run: Callable[[
     return worst
 
 
-def _deviation(wanted: Tensor, found: Tensor) -> float:
+def deviation(wanted: Tensor, found: Tensor) -> tuple[float, float]:
+    """Largest deviation of two tensors of one shape: absolute, and over the largest absolute value of `wanted` (infinities left out)."""
     if not wanted.numel():
-        return 0.0
+        return 0.0, 0.0
+    wanted, found = wanted.double(), found.double()
     same = (wanted == found) | (wanted.isnan() & found.isnan())  # equal infinities have no difference
     difference = torch.where(same, 0.0, (wanted - found).abs()).max()
-    return float(difference / wanted.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-6))
+    return float(difference), float(difference / wanted.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-6))

@@ -1,0 +1,114 @@
+"""Whether a file computes what the model computes: both on the same inputs, the file in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from secateur.errors import ModelError
+from secateur.export.runner import RUNTIMES, Call, File, Run, run
+from secateur.measure.run import at_rest, batch_of, forward, inputs_on
+from secateur.measure.runtimes import rows
+from secateur.measure.runtimes.onnx_file import deviation
+
+TOLERANCES = {torch.float16: 1e-2}
+TOLERANCE = 1e-4  # of the largest output: float32 sums in another order stay below
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """The largest over all outputs of one call: `absolute`, and `relative` to the largest value of the same output. `tokens`: of a row of a
+    call with inputs (rows, tokens), None for other inputs."""
+
+    batch: int
+    absolute: float
+    relative: float
+    tokens: int | None = None
+
+
+def calls_of(args: tuple, kwargs: Mapping[str, Any], batches: Sequence[int]) -> list[Call]:
+    """The inputs, and then the inputs with as many rows as `batches` says; rows that are there twice are turned around, so as to differ."""
+    have = batch_of(args, kwargs)
+    return [(args, kwargs), *(_turned(rows(args, kwargs, n), have, n) for n in batches if n != have)]
+
+
+def tokens_of(call: Call) -> int | None:
+    """The length of inputs that are all whole numbers (rows, tokens); None for others."""
+    tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+    lengths = {t.shape[1] for t in tensors if t.dim() == 2 and not t.is_floating_point()}
+    return lengths.pop() if len(lengths) == 1 and all(t.dim() == 2 and not t.is_floating_point() for t in tensors) else None
+
+
+def shorter(call: Call) -> list[Call]:
+    """The call with half of its tokens; nothing where there are none to leave out."""
+    length = tokens_of(call)
+    if length is None or length < 4:
+        return []
+    args, kwargs = tree_map_only(Tensor, lambda t: t[:, : length // 2], (call[0], dict(call[1])))
+    return [(args, kwargs)]
+
+
+def _turned(call: Call, have: int, wanted: int) -> Call:
+    def turn(x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[0] != wanted or wanted <= have:
+            return x
+        again = torch.arange(wanted) // have % 2 == 1
+        return torch.where(again.view(-1, *[1] * (x.dim() - 1)), x.flip(-1), x)
+
+    args, kwargs = tree_map_only(Tensor, turn, (call[0], dict(call[1])))
+    return args, kwargs
+
+
+def wanted(model: nn.Module, calls: Sequence[Call]) -> list[list[Tensor]]:
+    """What the model gives for every call, in evaluation mode."""
+    with at_rest(model):
+        found = [forward(model, *inputs_on(model, *call)) for call in calls]
+    return [[leaf.detach() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] for outputs in found]
+
+
+def compared(expected: Sequence[Sequence[Tensor]], found: Sequence[Sequence[np.ndarray]], calls: Sequence[Call], file: File) -> list[Deviation]:
+    """One row for every call.
+
+    Raises ModelError: other outputs in number or shape.
+    """
+    out = []
+    for ours, theirs, call in zip(expected, found, calls, strict=True):
+        shapes = [tuple(t.shape) for t in ours], [tuple(np.shape(v)) for v in theirs]
+        if shapes[0] != shapes[1]:
+            raise ModelError(
+                f"{file.path.name}: {RUNTIMES[file.format]} gives outputs of shapes {shapes[1]}, torch gives {shapes[0]}.\n"
+                "  Return plain tensors from forward(), each once."
+            )
+        pairs = [deviation(a, torch.from_numpy(np.array(b))) for a, b in zip(ours, theirs, strict=True)]
+        absolute, relative = (max(values, default=0.0) for values in ([a for a, _ in pairs], [r for _, r in pairs]))
+        out.append(Deviation(batch_of(*call), absolute, relative, tokens_of(call)))
+    return out
+
+
+def accepted(model: nn.Module, tolerance: float | None = None) -> float:
+    """The tolerance given, else that of the model's dtype."""
+    kind = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.float32)
+    return TOLERANCES.get(kind, TOLERANCE) if tolerance is None else tolerance
+
+
+def checked(model: nn.Module, file: File, calls: Sequence[Call], tolerance: float | None = None) -> tuple[Run, list[Deviation]]:
+    """The file run in a fresh process on every call, and how far it is from the model.
+
+    Raises ModelError: it does not run, or deviates by more than `tolerance` of the largest output (None: 1e-4, and 1e-2 in float16).
+    """
+    most = accepted(model, tolerance)
+    done = run(file, calls)
+    found = compared(wanted(model, calls), done.outputs, calls, file)
+    worst = max(found, key=lambda row: row.relative if row.relative == row.relative else float("inf"))
+    if not worst.relative <= most:
+        raise ModelError(
+            f"{file.path.name}: {RUNTIMES[file.format]} deviates from torch by {worst.relative:.1e} of the largest output (batch of {worst.batch}); "
+            f"at most {most:.0e} is accepted.\n  Nothing was kept. If that is good enough for you: --tolerance {2 * worst.relative:.0e}."
+        )
+    return done, found
