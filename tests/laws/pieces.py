@@ -243,8 +243,9 @@ class GroupedQuery(Piece):
 
 class Recurrent(Piece):
     def make(self, c, a, b):
-        self.out = width(a)
-        self.rnn = (nn.LSTM if b % 2 else nn.GRU)(c, self.out, batch_first=True)
+        both = a // 4 == 1
+        self.out = width(a) * (2 if both else 1)
+        self.rnn = (nn.LSTM if b % 2 else nn.GRU)(c, width(a), num_layers=1 + a // 8, bidirectional=both, batch_first=True)
 
     def forward(self, x):
         return self.rnn(x)[0]

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.axes import Axis, mask
 from secateur.errors import CaptureError, CutError, PlanError
+from secateur.measure.count import count
 from secateur.plan import Plan
 from secateur.surgery import attributes
 from secateur.surgery.attributes import Edit
@@ -105,7 +106,7 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "", valu
             if not _refused(trial, graph, keep, (prediction.module, wanted), values):
                 why, edits = "", others
         if not why:
-            edits = _needed(trial, edits, graph, (prediction.module, wanted))
+            edits = _needed(trial, edits, graph, prediction.module)
     if why:
         free = predict(graph, plan.keep, state, free_batch=True).module
         refused = batch_is_free(free, prediction.module, args, kwargs)
@@ -177,11 +178,19 @@ def _refused(trial: nn.Module, graph: Graph, keep: dict[Axis, np.ndarray], predi
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"forward() does not fit the cut sizes ({lines[0][:200]})"
     why = first_difference(log, predicted[1])
-    if why and _captured_differently(trial, graph, keep):
-        return why  # otherwise forward() only takes another path while it is captured
+    if why and _captured_differently(trial, graph, keep):  # otherwise forward() only takes another path while it is captured
+        return "" if _same_work(trial, predicted[0], args, kwargs) else why
     if values and not same_values(trial, predicted[0], args, kwargs):
         return "the module's output differs from that of the predicted graph"
     return ""
+
+
+def _same_work(trial: nn.Module, predicted: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether a class that runs other ops than the graph gives the same values for as many multiply-accumulates: with one unit left
+    it may pass over what it no longer needs (queries that share a key head are repeated once). A meta model has no values to tell."""
+    if any(p.device.type == "meta" for p in trial.parameters()):
+        return False
+    return same_values(trial, predicted, args, kwargs) and count(trial, args, kwargs).macs == count(predicted, args, kwargs).macs
 
 
 def same_values(trial: nn.Module, predicted: nn.Module, args: tuple, kwargs: dict) -> bool:
@@ -191,10 +200,11 @@ def same_values(trial: nn.Module, predicted: nn.Module, args: tuple, kwargs: dic
     return all(a.device.type == "meta" or _close(a, b) for a, b in pairs)
 
 
-def _needed(trial: nn.Module, edits: list[Edit], graph: Graph, predicted: tuple[nn.Module, list]) -> list[Edit]:
+def _needed(trial: nn.Module, edits: list[Edit], graph: Graph, predicted: nn.Module) -> list[Edit]:
     """Edits without those that make no difference: a number that happens to equal a width (a longest length, a limit)
     must keep its value. Those of standard layers stay; the others are taken back one attribute name at a time."""
     args, kwargs = graph.capture.program.example_inputs
+    wanted = op_log(trial, args, kwargs)  # the graph's, or that of other ops which do the same
     custom: dict[tuple[type, str], list[Edit]] = {}
     for e in edits:
         owner = trial.get_submodule(e.module)
@@ -203,7 +213,7 @@ def _needed(trial: nn.Module, edits: list[Edit], graph: Graph, predicted: tuple[
     for same in custom.values():
         attributes.apply(trial, [replace(e, old=e.new, new=e.old) for e in same])
         try:
-            unchanged = op_log(trial, args, kwargs) == predicted[1] and same_values(trial, predicted[0], args, kwargs)
+            unchanged = op_log(trial, args, kwargs) == wanted and same_values(trial, predicted, args, kwargs)
         except Exception:  # whatever it raises, the number is needed
             unchanged = False
         if unchanged:

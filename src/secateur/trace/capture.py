@@ -70,12 +70,25 @@ def _why_not_captured(model: nn.Module, args: tuple, error: Exception) -> str:
     where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else "unknown"
     shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, torch.Tensor) else type(a).__name__ for a in args)
     first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return (
-        f"{type(model).__name__} could not be captured with inputs ({shapes}).\n"
-        f"  It stopped at {where}\n  {type(error).__name__}: {first}\n"
-        "  Check that model(*inputs) runs with these shapes and that forward() does not branch on tensor values; "
+    advice = (
+        "Check that model(*inputs) runs with these shapes and that forward() does not branch on tensor values; "
         "if only a part can be captured (a detector's post-processing cannot), pass that sub-module instead."
     )
+    if _packed(error):
+        advice = (
+            "A packed sequence has sizes that depend on its lengths: let forward() pack only where lengths are given and trace it "
+            "with a padded batch and without them. The weights are the same, and the cut model packs as before."
+        )
+    return (
+        f"{type(model).__name__} could not be captured with inputs ({shapes}).\n"
+        f"  It stopped at {where}\n  {type(error).__name__}: {first}\n  {advice}"
+    )
+
+
+def _packed(error: Exception) -> bool:
+    """Whether a recurrent layer stopped at the batch sizes of a packed sequence; wrong shapes raise other errors there."""
+    inside = any(f.filename.replace("\\", "/").endswith("torch/nn/modules/rnn.py") for f in traceback.extract_tb(error.__traceback__))
+    return inside and (isinstance(error, TypeError) or "DataDependent" in type(error).__name__)
 
 
 def capture(model: nn.Module, args: tuple, kwargs: Mapping | None = None) -> Capture:

@@ -234,16 +234,25 @@ def prefixes(name: str) -> list[str]:
 
 
 def _freeze_shared_memory(captured: Capture, tensors: Mapping[str, Dims]) -> None:
-    """Parameters that are views of one memory without being one tensor would part ways when cut."""
-    owners: dict[int, str] = {}
-    for name, dims in tensors.items():
+    """Parameters whose memory overlaps without being one tensor would part ways when cut. Next to one another in one
+    buffer (`nn.LSTM` on a GPU) they do not."""
+    places = []
+    for name in tensors:
         value = captured.values.get(name)
-        if value is None or not value.numel():
-            continue
-        first = owners.setdefault(value.untyped_storage()._cdata, name)
-        if first != name:
-            for d in (*dims, *tensors[first]):
-                freeze(d, f"{name!r} and {first!r} share memory")
+        if value is not None and value.numel():
+            first = value.storage_offset()
+            last = first + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+            each = value.element_size()
+            places.append((value.untyped_storage()._cdata, first * each, (last + 1) * each, name))
+    furthest = (0, 0, 0, "")
+    for place in sorted(places):
+        storage, start, end, name = place
+        if storage == furthest[0] and start < furthest[2]:
+            other = furthest[3]
+            for d in (*tensors[name], *tensors[other]):
+                freeze(d, f"{name!r} and {other!r} share memory")
+        if storage != furthest[0] or end > furthest[2]:
+            furthest = place
 
 
 def _sizes(model: nn.Module) -> dict[str, tuple[int, int, bool]]:

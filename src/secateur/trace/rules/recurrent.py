@@ -16,16 +16,23 @@ def recurrent(gates: int):
         per = len(params) // (layers * both)
         projected = gates == 4 and hx[0][-1].size != hx[1][-1].size
         hidden: Dim | None = None
+        state: Dim | None = None  # what the recurrence and the next layer read: the hidden units, or their projection
         feed: Dim = x[-1]
         for layer in range(layers):
             outs = []
             for d in range(both):
                 own = params[(layer * both + d) * per : (layer * both + d + 1) * per]
                 hidden = _cell(t, c, own, feed, hidden, gates)
-                outs.append(own[-1][0] if projected else hidden)
+                out = own[-1][0] if projected else hidden
+                for same in (own[1][1], state):
+                    if same is not None:
+                        unify(same, out)
+                state = resolve(out)
+                outs.append(state)
             feed = _join(outs)
         assert hidden is not None
-        output = outs[0]
+        if projected:  # torch sees a projection by its size alone: one as wide as the hidden units would be none
+            t.freeze((hidden,), c.reason("hidden_size must stay above proj_size"))
         for h in hx:
             t.freeze(h[:1], c.reason("layers and directions"))
             if len(x) == 3:
@@ -36,9 +43,6 @@ def recurrent(gates: int):
             unify(hx[1][-1], hidden)
         states = [(*h[:-1], resolve(h[-1])) for h in hx]
         t.freeze(x[:-1], c.reason("time and batch of a recurrent layer"))
-        for a in range(layers * both):  # the state of every layer has the same width
-            for p in params[a * per : (a + 1) * per][1:2]:
-                unify(p[1], output)
         return [(*x[:-1], _join([resolve(o) for o in outs])), *states]
 
     return rule
