@@ -154,18 +154,22 @@ SOURCES: dict[str, tuple[str, Callable[[Any], Rows]]] = {
 }
 
 
+def by_source(folder: Path) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """(command, file in `folder`) -> its rows, of the results that are there."""
+    found = {}
+    for name, (command, rows) in SOURCES.items():
+        if (folder / name).exists():
+            found[command, name] = list(rows(json.loads((folder / name).read_text())))
+    found["python -m benchmarks.no_training", "no_training.md"] = list(no_training(folder / "no_training"))
+    found["python -m benchmarks.masks", "masks.md"] = list(masks(folder / "masks"))
+    return {source: rows for source, rows in found.items() if rows}
+
+
 def table(folder: Path) -> str:
     """The Markdown table of the results files that are there."""
     lines = ["| what | result | from |", "| --- | --- | --- |"]
-    for name, (command, rows) in SOURCES.items():
-        if (folder / name).exists():
-            source = f"[`{command}`](benchmarks/results/{name})"
-            data = json.loads((folder / name).read_text())
-            lines += [f"| {what} | {figure} | {source} |" for what, figure in rows(data)]
-    source = "[`python -m benchmarks.no_training`](benchmarks/results/no_training.md)"
-    lines += [f"| {what} | {figure} | {source} |" for what, figure in no_training(folder / "no_training")]
-    source = "[`python -m benchmarks.masks`](benchmarks/results/masks.md)"
-    lines += [f"| {what} | {figure} | {source} |" for what, figure in masks(folder / "masks")]
+    for (command, name), rows in by_source(folder).items():
+        lines += [f"| {what} | {figure} | [`{command}`](benchmarks/results/{name}) |" for what, figure in rows]
     return "\n".join(lines) if len(lines) > 2 else "No results have been committed yet."
 
 

@@ -1,4 +1,4 @@
-"""The names in ``secateur`` are the names in docs/index.md, and each has a docstring."""
+"""The names in ``secateur`` are the names in docs/names.md, and each has a docstring."""
 
 import inspect
 import re
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 def documented():
     """The first code word of every row of the table of names."""
-    table = (ROOT / "docs" / "index.md").read_text().split("<!-- names -->")[1]
+    table = (ROOT / "docs" / "names.md").read_text().split("<!-- names -->")[1]
     return re.findall(r"^\| `(\w+)", table, flags=re.MULTILINE)
 
 
