@@ -10,21 +10,24 @@ ROOT = Path(__file__).parent.parent / "src" / "secateur"
 
 # Lowest first. A part is a file of src/secateur or a folder.
 LAYERS = [
-    ["errors", "figures"],
-    ["axes", "plan", "pack"],
+    ["errors", "figures", "screen"],
+    ["axes", "plan", "pack", "processes"],
     ["trace", "pattern"],
     ["calibrate", "measure"],
     ["score", "budget", "surgery"],
     ["repair"],
     ["masks"],
     ["models", "export", "runtime"],
-    ["recover", "report", "reach", "mend"],
+    ["recover", "report", "reach", "quantise", "mend"],
     ["prune", "sparsify", "retrace", "testing"],
     ["recipes"],
     ["sweep", "stream"],
     ["job"],
-    ["explore", "layer_tables"],
-    ["terminal", "cli", "cli_masks", "cli_generalise", "cli_recover", "cli_run", "shell", "demo"],
+    ["explore", "layer_tables", "advise", "live"],
+    [
+        "terminal", "cli", "cli_advise", "cli_export", "cli_masks", "cli_generalise", "cli_quantise",
+        "cli_recover", "cli_run", "shell", "demo", "endings", "cli_help",
+    ],
     ["__main__"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -39,7 +42,18 @@ SIDEWAYS = {
     ("cli_masks", "shell"): "options that commands share",
     ("cli", "cli_run"): "its command for sparse layers",
     ("cli", "cli_recover"): "its command for training",
+    ("cli", "cli_quantise"): "its command for int8",
+    ("cli_quantise", "shell"): "options that commands share",
+    ("cli_quantise", "terminal"): "as the command line",
     ("cli", "cli_generalise"): "its command for the gap",
+    ("cli", "cli_advise"): "its command that tries all ways",
+    ("cli_advise", "endings"): "an interrupted search prints what it has, and then ends as one",
+    ("export", "models"): "folders are replaced whole, programs captured and inputs described as for a saved model",
+    ("cli", "cli_export"): "its command for other runtimes",
+    ("cli_export", "shell"): "options that commands share",
+    ("cli_export", "terminal"): "as the command line",
+    ("cli_advise", "shell"): "options that commands share",
+    ("cli_advise", "terminal"): "as the command line",
     ("cli_generalise", "shell"): "options that commands share",
     ("cli_generalise", "terminal"): "a command prints with the terminal's functions",
     ("cli_recover", "shell"): "options that commands share",
@@ -48,6 +62,9 @@ SIDEWAYS = {
     ("cli_run", "terminal"): "as the command line",
     ("cli_masks", "terminal"): "as the command line",
     ("shell", "terminal"): "the stages of the work are shown on the terminal",
+    ("cli", "endings"): "how a command ends",
+    ("cli", "cli_help"): "examples for every command's help",
+    ("endings", "terminal"): "what went wrong is said by the terminal's functions",
     ("cli", "demo"): "`secateur demo` is one of the commands",
     ("demo", "terminal"): "the demo prints with the terminal's functions",
 }
@@ -120,7 +137,10 @@ def test_no_circles_between_files():
 
 
 def test_optional_packages_are_imported_late():
-    optional = {"sklearn", "torchvision", "timm", "transformers", "PIL", "torch_pruning", "onnx", "onnxscript", "onnxruntime", "openvino"}
+    optional = {
+        "sklearn", "torchvision", "timm", "transformers", "PIL", "torch_pruning", "onnx",
+        "onnxscript", "onnxruntime", "openvino", "executorch", "nncf",
+    }  # fmt: skip
     for path in [*FILES, ROOT / "__init__.py"]:
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -245,6 +245,28 @@ def test_an_interrupted_sweep_is_taken_up_again(run, tmp_path):
     assert [row["label"] for row in json.loads((tmp_path / "out" / "report.json").read_text())["pareto"]] == ["dense", *LEVELS]
 
 
+def test_points_of_other_jobs_are_put_together(run, tmp_path, monkeypatch):
+    """One job for each budget, anywhere; then one report of all, for which only what is missing is computed."""
+    how = ("--allocation", "sensitivity", "--repair", "bias", "--json")
+    whole = json.loads(run(*order(tmp_path / "whole", *how)))
+    for place, level in zip(("one", "two"), LEVELS[:2], strict=True):
+        run(*order(tmp_path / "jobs" / place, *how, levels=[level]))
+    run(*order(tmp_path / "jobs" / "foreign", "--score", "l2", levels=LEVELS[2:]))  # of other options: not taken
+    out = (tmp_path / "jobs").rename(tmp_path / "brought home")
+    counted = Counted(monkeypatch)
+    found = json.loads(run(*order(out, "--resume", *how)))
+    assert counted.points == [[MACs("40%")]]
+    assert [row["folder"] for row in found["points"]] == ["one/macs_80pct", "two/macs_60pct", "macs_40pct"]
+    same = [{k: v for k, v in row.items() if k not in ("folder", "plan_sha256")} for row in found["points"]]
+    assert same == [{k: v for k, v in row.items() if k not in ("folder", "plan_sha256")} for row in whole["points"]]
+    run(*order(out, "--resume", *how))  # with nothing left to do
+    sheet = json.loads((out / "report.json").read_text())
+    assert [row["label"] for row in sheet["pareto"]] == ["dense", *LEVELS] and sheet["sensitivity"] == whole["sensitivity"]
+    assert counted.points == [[MACs("40%")]]
+    for row in sheet["pareto"][1:]:
+        assert sc.load(out / row["folder"])(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+
+
 @pytest.mark.parametrize("spoiled", ["tensors", "plan of another", "options", "latency", "weights"])
 def test_what_is_not_whole_or_of_another_sweep_is_computed_again(run, tmp_path, spoiled, monkeypatch):
     out, two = tmp_path / "out", LEVELS[:2]

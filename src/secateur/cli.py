@@ -1,7 +1,6 @@
 """The command line. No logic: each command reads its options, calls one public function and prints what it returns.
 
-Exit codes: 0 done; 1 refused (a model, data, budget or folder that cannot be used; nothing was changed);
-2 a command that cannot be meant (an unknown option, target or criterion); 130 interrupted.
+Exit codes: `secateur.endings`.
 """
 
 from __future__ import annotations
@@ -14,10 +13,23 @@ from typing import Annotated
 
 import typer
 
-from secateur import cli_generalise, cli_masks, cli_recover, cli_run, explore, job, terminal
+from secateur import (
+    __version__,
+    cli_advise,
+    cli_export,
+    cli_generalise,
+    cli_masks,
+    cli_quantise,
+    cli_recover,
+    cli_run,
+    explore,
+    job,
+    terminal,
+)
 from secateur import demo as the_demo
 from secateur.budget import parse, parse_points
-from secateur.errors import InputError, SecateurError
+from secateur.cli_help import helped
+from secateur.endings import CODES, ending
 from secateur.masks import METHODS
 from secateur.measure import measure as measured
 from secateur.measure.run import batch_of
@@ -32,53 +44,78 @@ from secateur.shell import (
     Inputs,
     Json,
     Model,
+    Only,
     Repair,
+    Rows,
     Score,
     Seed,
     Source,
     Weights,
+    by_one,
     command_line,
     given_data,
+    shared,
+    sharing,
     show,
     working,
 )
 from secateur.trace import trace
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=(
-    "Pruning of PyTorch networks, structures and single weights, that proves what it did. "
-    "Exit codes: 0 done, 1 refused and nothing changed, 2 wrong usage."
-))  # fmt: skip
+app = typer.Typer(
+    pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True, epilog=CODES,
+    help="Pruning of PyTorch networks, structures and single weights, that proves what it did.",
+)  # fmt: skip
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"secateur {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def every(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")] = False,
+    debug: Debug = False,
+) -> None:
+    """What holds for every command."""
+
 
 @app.command()
 def prune(  # noqa: PLR0913  # a command's parameters are its options
     context: typer.Context,
     model: Model,
-    at_most: Annotated[list[str], typer.Option(help=(
+    at_most: Annotated[list[str], typer.Option(metavar="BUDGET", help=(
         "macs=50%, params=1M, bytes=2MiB, peak_memory=50% or latency=60%@onnxruntime,batch=1,threads=1; repeatable, all are met."
     ))],
     data: Source = None,
-    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the result.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the result.")] = None,
     score: Score = "auto",
     allocation: Allocation = "auto",
     repair: Repair = "auto",
     ignore: Ignore = None,
+    only: Only = None,
     depth: Depth = False,
+    rows: Rows = None,
     seed: Seed = 0,
     weights: Weights = None,
     inputs: Inputs = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Cut a model down to a budget, prove the cut, repair it from DATA without training, and save it."""
+    """Cut a model down to a budget, prove the cut, repair it from DATA without training, and save it; torchrun shares the work."""
     targets = [parse(text) for text in at_most]
-    with working(as_json) as say:
-        held, given = given_data(data, inputs, seed, model)
+    with sharing(as_json) as (say, processes):
+        held, given = given_data(data, inputs, seed, model, rows=rows)
         say("load")
         loaded = load_model(model, weights, seed=seed)
+        held = shared(held, processes)
         example = job.example_inputs(loaded, held, given)
-        options = job.Options(score, allocation, repair, tuple(ignore or ()), seed, depth)
-        done = job.run(loaded, example, targets, options, data=held, out=out, progress=say)
+        options = job.Options(score, allocation, repair, tuple(ignore or ()), seed, depth, tuple(only or ()))
+        done = job.run(loaded, example, targets, options, data=held, out=out if processes.rank == 0 else None, progress=say)
         job.write_report(done, settings={"command": command_line(context)})
+    if processes.rank:
+        return
     if as_json:
         show(done.to_json())
     else:
@@ -89,18 +126,20 @@ def prune(  # noqa: PLR0913  # a command's parameters are its options
 def sweep(  # noqa: PLR0913  # as above
     context: typer.Context,
     model: Model,
-    at_most: Annotated[list[str], typer.Option(help=(
+    at_most: Annotated[list[str], typer.Option(metavar="BUDGET", help=(
         "macs=80%,60%,40%, or latency=80%,60%@torch,threads=1; a second list is met together with the first, point by point."
     ))],
     data: Source = None,
-    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the report, with one folder for each point.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the report, with one folder for each point.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Take up a sweep: points that lie whole in the folder stay.")] = False,
     latency: Annotated[bool, typer.Option("--latency", help="Time every point on torch, in turns with the dense model.")] = False,
     score: Score = "auto",
     allocation: Allocation = "auto",
     repair: Repair = "auto",
     ignore: Ignore = None,
+    only: Only = None,
     depth: Depth = False,
+    rows: Rows = None,
     seed: Seed = 0,
     weights: Weights = None,
     inputs: Inputs = None,
@@ -108,13 +147,14 @@ def sweep(  # noqa: PLR0913  # as above
     debug: Debug = False,
 ) -> None:
     """Prune to several budgets with one set of statistics, and show what each costs in quality."""
+    by_one("sweep")
     points = parse_points(at_most)
     with working(as_json) as say:
-        held, given = given_data(data, inputs, seed, model)
+        held, given = given_data(data, inputs, seed, model, rows=rows)
         say("load")
         loaded = load_model(model, weights, seed=seed)
         example = job.example_inputs(loaded, held, given)
-        options = job.Options(score, allocation, repair, tuple(ignore or ()), seed, depth)
+        options = job.Options(score, allocation, repair, tuple(ignore or ()), seed, depth, tuple(only or ()))
         around = explore.Around(held, out, resume, latency, command_line(context))
         done = explore.run(loaded, example, points, options, around, say)
     if as_json:
@@ -130,7 +170,7 @@ def inspect(  # noqa: PLR0913  # as above
     sensitivity: Annotated[bool, typer.Option("--sensitivity", help="Error of each group at every count of its units, from DATA.")] = False,
     ignore: Ignore = None,
     data: Source = None,
-    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for a report.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for a report.")] = None,
     seed: Seed = 0,
     weights: Weights = None,
     inputs: Inputs = None,
@@ -161,17 +201,19 @@ def inspect(  # noqa: PLR0913  # as above
         if sensitivity:
             terminal.sensitivity(curves, len(graph.groups), rows)
         if out is not None:
-            terminal.out().print(f"written: {out}", markup=False, soft_wrap=True)
+            terminal.out().print(f"written: {out}", soft_wrap=True)
 
 
 @app.command()
 def measure(  # noqa: PLR0913  # as above
     model: Model,
-    factory: Annotated[str | None, typer.Option(help="Builds the dense model of a folder without a graph.")] = None,
+    factory: Annotated[str | None, typer.Option(metavar="FUNCTION", help="Builds the dense model of a folder without a graph.")] = None,
     data: Source = None,
     threads: Annotated[int, typer.Option(help="Threads of the timed runs.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed runs.")] = 20,
-    runtime: Annotated[str, typer.Option(help="What the latency is taken on: torch, torch.compile, onnxruntime or openvino.")] = "torch",
+    runtime: Annotated[str, typer.Option(metavar="NAME", help=(
+        "What the latency is taken on: torch, torch.compile, onnxruntime or openvino."
+    ))] = "torch",
     weights: Weights = None,
     inputs: Inputs = None,
     as_json: Json = False,
@@ -193,7 +235,7 @@ def measure(  # noqa: PLR0913  # as above
 
 @app.command()
 def demo(
-    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the result.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the result.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -211,7 +253,7 @@ def report(
 ) -> None:
     """Write report.html again from the report.json of a saved folder."""
     page = rewrite(folder)
-    terminal.out().print(f"written: {page}", markup=False, soft_wrap=True)
+    terminal.out().print(f"written: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -241,31 +283,14 @@ app.command()(cli_masks.verify)
 app.command()(cli_run.run)
 app.command()(cli_recover.recover)
 app.command()(cli_generalise.generalise)
+app.command()(cli_advise.advise)
+app.command()(cli_quantise.quantise)
+app.command()(cli_export.export)
+helped(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors are one message on standard error, without a traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)", category=FutureWarning)  # torch's own
-    try:
-        app(given, prog_name="secateur", obj=given)
-        return 0
-    except SystemExit as stop:  # how typer ends: done, wrong usage, interrupted
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Exception as error:
-        if "--debug" in given:
-            raise
-        terminal.error(_message(error))
-        return 2 if isinstance(error, InputError) else 1
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, SecateurError):
-        return str(error)
-    return (
-        f"{type(error).__name__}: {error}\n  This is a fault of secateur, not of the command. "
-        "Run it again with --debug and report what it prints."
-    )
-
-
-
+    return ending(lambda: app(given, prog_name="secateur", obj=given), "--debug" in given, last=arguments is None)

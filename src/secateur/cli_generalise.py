@@ -49,7 +49,9 @@ def generalise(  # noqa: PLR0913  # a command's parameters are its options
     lr: Annotated[float | None, typer.Option(help="Learning rate of the training; that of `secateur.recover` without it.")] = None,
     weights: Weights = None,
     inputs: Inputs = None,
-    out: Annotated[str | None, typer.Option("--out", "-o", help=f"Folder for {FILE}; rows that are there already are not run again.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FOLDER", help=(
+        f"Folder for {FILE}; rows that are there already are not run again."
+    ))] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -68,7 +70,7 @@ def generalise(  # noqa: PLR0913  # a command's parameters are its options
     else:
         printed(facts)
         if out is not None:
-            terminal.out().print(f"written: {Path(out) / FILE}", markup=False, soft_wrap=True)
+            terminal.out().print(f"written: {Path(out) / FILE}", soft_wrap=True)
 
 
 def _shares(text: str) -> list[Fraction]:
@@ -243,7 +245,7 @@ def summary(rows: Sequence[Row], one: Fraction, seeds: int) -> dict[str, Any]:
 
 def printed(facts: Mapping[str, Any]) -> None:
     """One row for each share, mean ± 95 % interval over the seeds; accuracies and their differences in percent."""
-    table = Table("stays", title=f"{facts['settings']['model']}: on new rows", title_justify="left")
+    table = Table("stays", title=f"{facts['settings']['model']}: on new rows")
     for name in ("train %", "test %", "against dense", "gap", "test loss", "ECE %", *(f"noise {s}" for s in facts["given"]["noise"])):
         table.add_column(name, justify="right")
     given = facts["given"]

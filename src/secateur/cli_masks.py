@@ -17,11 +17,15 @@ from secateur.shell import (
     Inputs,
     Json,
     Model,
+    Rows,
     Seed,
     Source,
     Weights,
+    by_one,
     command_line,
     given_data,
+    shared,
+    sharing,
     show,
     working,
 )
@@ -45,7 +49,8 @@ def mask(  # noqa: PLR0913  # a command's parameters are its options
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window of text.")] = 2048,
     at_once: Annotated[bool, typer.Option("--at-once", help="With --stream: one pass for each block; quicker, a little less exact.")] = False,
     data: Source = None,
-    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the result.")] = None,
+    rows: Rows = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the result.")] = None,
     entropy: Annotated[bool, typer.Option(help="Deflate where weights are, for a smaller folder; slower to load.")] = False,
     ignore: Ignore = None,
     seed: Seed = 0,
@@ -58,26 +63,33 @@ def mask(  # noqa: PLR0913  # a command's parameters are its options
     how = Sparse(keep, by, parse_pattern(pattern), budget, refit, ignore=tuple(ignore or ()), seed=seed, permute=permute)
     how.share()  # what cannot be meant is said before anything is loaded
     if stream:
+        by_one("--stream")
         if entropy:
             raise InputError("--entropy beside --stream, which writes an ordinary Hugging Face folder of dense weights.\n  Leave one of them out.")
-        with working(as_json) as say:
-            streamed = job.streamed(model, how, (data, samples, length, at_once), out, say)
-        if as_json:
-            show(streamed.to_json())
-        else:
-            terminal.streamed(streamed, how.by)
-        return
-    with working(as_json) as say:
-        held, given = given_data(data, inputs, seed, model, (samples, length))
+        return _streamed(model, how, (data, samples, length, at_once), out, as_json)
+    with sharing(as_json) as (say, processes):
+        held, given = given_data(data, inputs, seed, model, (samples, length), rows)
         say("load")
         loaded = load_model(model, weights, seed=seed)
+        held = shared(held, processes)
         example = job.example_inputs(loaded, held, given)
-        done = job.masked(loaded, example, how, data=held, out=out, entropy=entropy, progress=say)
+        done = job.masked(loaded, example, how, data=held, out=out if processes.rank == 0 else None, entropy=entropy, progress=say)
         job.write_report(done, settings={"command": command_line(context)})
+    if processes.rank:
+        return
     if as_json:
         show(done.to_json())
     else:
         terminal.job(done)
+
+
+def _streamed(model: str, how: Sparse, given: tuple[str | None, int, int, bool], out: str | None, as_json: bool) -> None:
+    with working(as_json) as say:
+        streamed = job.streamed(model, how, given, out, say)
+    if as_json:
+        show(streamed.to_json())
+    else:
+        terminal.streamed(streamed, how.by)
 
 
 def verify(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -13,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from secateur import job, terminal
 from secateur.errors import InputError
+from secateur.measure.latency import using_threads
 from secateur.measure.run import batch_of
 from secateur.models import load_model
 from secateur.runtime import convert
@@ -25,7 +24,7 @@ def run(  # noqa: PLR0913  # a command's parameters are its options
     batch: Annotated[int | None, typer.Option(min=1, help="Rows of a batch; as the inputs have them without it.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Timed runs each way.")] = 15,
     fold: Annotated[bool, typer.Option("--fold", help="Take batch norms and rectifiers into layers first; always so for a folder's graph.")] = False,
-    factory: Annotated[str | None, typer.Option(help="Builds the dense model of a folder without a graph.")] = None,
+    factory: Annotated[str | None, typer.Option(metavar="FUNCTION", help="Builds the dense model of a folder without a graph.")] = None,
     data: Source = None,
     weights: Weights = None,
     inputs: Inputs = None,
@@ -41,22 +40,12 @@ def run(  # noqa: PLR0913  # a command's parameters are its options
         if batch is not None:
             args, kwargs = of_rows(args, kwargs, batch)
         say("time every layer both ways")
-        with using(threads):
+        with using_threads(threads):
             found = convert(loaded.model, args, kwargs, rounds=rounds, fold=fold or isinstance(loaded.model, fx.GraphModule))
     if as_json:
         show({"model": model, "batch": batch_of(args, kwargs), **found.to_json()})
     else:
         terminal.converted(model, found, batch_of(args, kwargs))
-
-
-@contextmanager
-def using(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def of_rows(args: tuple, kwargs: dict[str, Any], batch: int) -> tuple[tuple, dict[str, Any]]:

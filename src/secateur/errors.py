@@ -11,6 +11,7 @@
     ├── CutError        the cut could not be carried out; the model given is unchanged
     ├── TrainingError   a loss that is not finite; the message names the step and the layer
     ├── ProofError      the cut model does not compute what the masked original computes
+    ├── ProcessError    processes that share their work went apart: one failed, or they were not given the same
     └── FormatError     a saved folder that is damaged, incomplete, altered or not ours
 
 A message is three facts and an exit: what was found, where, why that cannot be, and what to do about it.
@@ -61,6 +62,10 @@ class TrainingError(SecateurError):
 
 class ProofError(SecateurError):
     """The cut model does not compute what the masked original computes. No result is returned."""
+
+
+class ProcessError(SecateurError):
+    """Processes that share their work went apart. No result is returned in any of them."""
 
 
 class FormatError(SecateurError):

@@ -3,8 +3,6 @@ sweep over budgets that is saved point by point and can be taken up again."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,8 +21,9 @@ from secateur.measure import at_rest, compare, count
 from secateur.measure.run import batch_of, forward, shapes
 from secateur.mend import Result, study_of
 from secateur.models import Data, LoadedModel, save
-from secateur.models.atomic import MARK, sha256
+from secateur.models.atomic import MARK, REPORT_FACTS, sha256
 from secateur.models.folder import read
+from secateur.models.weights import fingerprint
 from secateur.prune import check
 from secateur.repair import Study
 from secateur.report.facts import frozen_rows, plain
@@ -109,7 +108,8 @@ class Sweep:
 
     def sheet(self) -> dict[str, Any]:
         """The facts of its report."""
-        dense = {"label": "dense", "share": 1.0, **{k: self.dense.get(k) for k in ("macs", "params", "accuracy", "seconds")}}
+        same = {"kl": 0.0} if any(row.get("kl") is not None for row in self.points) else {}
+        dense = {"label": "dense", "share": 1.0, **same, **{k: self.dense.get(k) for k in ("macs", "params", "accuracy", "seconds")}}
         facts = {"model": self.name, "batch": self.rows, "pareto": [dense, *self.points], "settings": self.settings}
         return report.facts(None, **facts, **({"sensitivity": self.sensitivity} if self.sensitivity else {}))
 
@@ -123,7 +123,8 @@ def run(
     Args:
         points: label, as it was written, -> its targets. A batch of one is made one of two, so that graphs keep it free.
 
-    With `around.resume` a point that lies whole in its folder, from the same weights, data and options, is taken as it is.
+    With `around.resume` a point that lies whole in its folder, from the same weights, data and options, is taken as it is; so are those of
+    sweeps that lie in folders of `around.out`, which may have run anywhere.
 
     Raises whatever `sweep`, `mend`, `accuracy` and `save` raise; the points before that are saved.
     """
@@ -140,10 +141,10 @@ def run(
         "fingerprint": _fingerprint(loaded, inputs, options, data),
     }  # fmt: skip
     folder = Path(around.out) if around.out is not None else None
-    rows = _saved(folder, settings["fingerprint"], around) if folder is not None and around.resume else {}
+    rows, curves = _saved(folder, settings["fingerprint"], around) if folder is not None and around.resume else ({}, [])
     rows = {label: rows[label] for label in points if label in rows}
     dense = {**asdict(count(model, *inputs)), "accuracy": job.dense_accuracy(model, data, say).get("dense")}
-    done = Sweep(loaded.name, batch_of(*inputs), dense, [], settings, folder=folder)
+    done = Sweep(loaded.name, batch_of(*inputs), dense, [], settings, curves, folder)
     left = [label for label in points if label not in rows]
 
     def each(result: Result) -> None:
@@ -159,6 +160,8 @@ def run(
         chosen: dict[str, Any] = {**asdict(options), "repair": "none", "data": Cast(model, data.train) if data is not None else None}
         sweep(model, inputs[0], [points[label] for label in left], kwargs=inputs[1], progress=say, each=each, **chosen)
     _gather(done, [rows[label] for label in points])
+    if folder is not None and not left:
+        report.write(folder, done.sheet())
     return done
 
 
@@ -216,15 +219,23 @@ def _for_two(target: AnyTarget) -> AnyTarget:
 
 
 # ---------------------------------------------------------------- taking it up again
-def _saved(folder: Path, fingerprint: str, around: Around) -> dict[str, dict[str, Any]]:
-    """The rows of an earlier run with this fingerprint whose folders are whole, by label."""
-    try:
-        known = report.read(folder)
-    except FormatError:
-        return {}
-    if (known.get("settings") or {}).get("fingerprint") != fingerprint:
-        return {}
-    return {row["label"]: row for row in known.get("pareto") or () if _whole(folder, row) and (not around.latency or row.get("seconds"))}
+def _saved(folder: Path, fingerprint: str, around: Around) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of earlier runs with this fingerprint whose folders are whole, by label, and their sensitivity. A run's report lies in the
+    folder itself, or in one of its folders."""
+    rows: dict[str, dict[str, Any]] = {}
+    curves: list[dict[str, Any]] = []
+    for place in [folder, *sorted(path.parent for path in folder.glob(f"*/{REPORT_FACTS}"))]:
+        try:
+            known = report.read(place)
+        except FormatError:
+            continue
+        if (known.get("settings") or {}).get("fingerprint") != fingerprint:
+            continue
+        curves = curves or known.get("sensitivity") or []
+        for row in known.get("pareto") or ():
+            if row["label"] not in rows and _whole(place, row) and (not around.latency or row.get("seconds")):
+                rows[row["label"]] = {**row, "folder": (place / row["folder"]).relative_to(folder).as_posix()}
+    return rows, curves
 
 
 def _whole(folder: Path, row: dict[str, Any]) -> bool:
@@ -241,10 +252,5 @@ def _fingerprint(loaded: LoadedModel, inputs: tuple[tuple, dict], options: Optio
     """Of all that decides what a point becomes: weights, options, shapes, the name of the data, the version."""
     from secateur import __version__
 
-    digest = hashlib.sha256()
     facts = (__version__, torch.__version__, loaded.name, asdict(options), shapes(*inputs), data.name if data is not None else None)
-    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, tensor in state_of(loaded.model).items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return fingerprint(facts, state_of(loaded.model))

@@ -26,3 +26,11 @@ def seconds(value: float) -> str:
 
 def percent(value: float) -> str:
     return f"{100 * value:.2f} %"
+
+
+def joules(value: float) -> str:
+    """J, mJ, µJ or nJ."""
+    for unit, letter in ((1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ")):
+        if value >= unit:
+            return f"{value / unit:.2f} {letter}"
+    return f"{value * 1e9:.2f} nJ"

@@ -13,11 +13,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur import report
 from secateur.budget import Latency, MACs, MeasuredTarget, Target
-from secateur.errors import InputError
+from secateur.errors import InputError, SecateurError
+from secateur.measure.energy import beside
 from secateur.measure.run import batch_of
 from secateur.mend import mend
 from secateur.models import Data, LoadedModel, save
 from secateur.models.quality import accuracy
+from secateur.processes import Alone, of
 from secateur.prune import Result, batches, check, chosen, prune
 from secateur.repair import FITTED, batch_norm_statistics
 from secateur.repair.chunks import ROWS
@@ -39,6 +41,7 @@ class Options:
     ignore: Sequence[str] = ()
     seed: int = 0
     depth: bool = False
+    only: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,8 @@ def _with_statistics(result: Result, data: Data, say: Progress) -> dict[str, flo
     if not before:
         return {}
     say("accuracy with BatchNorm alone")
-    used = batch_norm_statistics(model, _at_most(batches(Cast(model, data.train), result.graph.program.example_inputs[0])))
+    calls = _at_most(batches(Cast(model, data.train), result.graph.program.example_inputs[0]))
+    used = batch_norm_statistics(model, calls, of(data.train))
     found = {"batch_norm": accuracy(model, Cast(model, data.test))} if used else {}
     with torch.no_grad():
         for name, held in model.named_buffers():
@@ -231,7 +235,24 @@ def write_report(done: Job, **sections: Any) -> Path | None:
 
     Raises FormatError where they cannot be written; the saved model is whole all the same.
     """
-    return report.write(done.folder, report.facts(done, **sections)) if done.folder is not None else None
+    if done.folder is None:
+        return None
+    sections = {"energy": energies(done.result), **sections}
+    return report.write(done.folder, report.facts(done, **sections))
+
+
+def energies(result: Result) -> dict[str, Any] | None:
+    """Joules of one call, dense and pruned, as the report has them. None where single weights went, whose zeros torch computes like any other
+    weight, and where the models do not run on the inputs they were traced with."""
+    if result.dense is None or result.masks:
+        return None
+    args, kwargs = result.graph.program.example_inputs or ((), {})
+    try:
+        found = beside(result.dense, result.model, args, kwargs)
+    except SecateurError:
+        return None
+    dense, pruned = found["dense"], found["pruned"]
+    return {"kind": dense.kind, "source": dense.source, "leaves_out": dense.leaves_out, "dense": dense.to_json(), "pruned": pruned.to_json()}
 
 
 def _pruned(
@@ -296,6 +317,10 @@ class Cast:
 
     def __init__(self, model: nn.Module, items: Any):
         self.model, self.items = model, items
+
+    @property
+    def processes(self) -> Alone:
+        return of(self.items)
 
     def __iter__(self) -> Iterator[Any]:
         for item in self.items:

@@ -15,6 +15,7 @@ from secateur.masks import Asked, LayerMask, Means, solved, wrong_zeros
 from secateur.measure.proof import Proof, require
 from secateur.pattern import of_kernel, parse_pattern
 from secateur.plan import Cost, Plan
+from secateur.processes import Alone, digest, of
 from secateur.repair import FITTED, HOW, LayerRepair, Study, batch_norm_statistics, changed, proven, put_into
 from secateur.surgery import Cut
 from secateur.surgery.cut import state_of
@@ -67,7 +68,8 @@ def mend(result: Result, data: Iterable[Any], repair: str = "gauss_newton", say:
 
     Args:
         result: what `prune(..., repair="none")` gave, in this process.
-        data: calibration batches; not read again where the result already holds a study of this very object.
+        data: calibration batches; not read again where the result already holds a study of this very object. Of
+            `secateur.processes.Shared(data)` each of several processes runs its share; all end with the same weights.
         repair: "gauss_newton", "least_squares", "bias", "batch_norm" or "none".
 
     Returns the same result; `repairs` and `plan.why["repair"]` say what was done. Where least squares cannot be had, the
@@ -77,23 +79,47 @@ def mend(result: Result, data: Iterable[Any], repair: str = "gauss_newton", say:
         InputError: an unknown repair.
         DataError: data that does not fit the model.
         ProofError: the repaired model is not the masked original with the repaired weights; the model is then as it was cut.
+        ProcessError: processes that share the data went apart.
     """
     say = say or (lambda stage: None)
     if repair not in HOW:
         raise InputError(f"unknown repair {repair!r}.\n  There are: {', '.join(HOW)}.")
     if result.plan.weights and repair == "bias":
         raise InputError("repair='bias' is for cuts.\n  After masks use 'least_squares' or 'batch_norm'.")
+    with of(data).watched():
+        return agreed(_mended(result, data, repair, say), of(data))
+
+
+def agreed(result: Result, processes: Alone) -> Result:
+    """The result, which is the same in all processes to the bit.
+
+    Raises:
+        ProcessError: it is not.
+    """
+    if processes.world > 1:
+        plan = result.plan
+        masks = {f"{kind} {n}": m for kind, some in (("keep", plan.keep), ("stays", plan.weights or {})) for n, m in some.items()}
+        processes.same("the plan or the weights", digest({**masks, **state_of(result.model)}), (
+            "Nothing is returned. Give all processes the same model, options, versions and number of threads, on the same kind of machine."
+        ))  # fmt: skip
+        why = processes.fact("why", dict(plan.why))  # seconds that were measured are those of process 0
+        result.plan = replace(plan, why=why) if processes.rank else plan
+    return result
+
+
+def _mended(result: Result, data: Iterable[Any], repair: str, say: Progress) -> Result:
     args, _ = result.graph.program.example_inputs
     refused = ""
     if repair in FITTED:
         try:
-            return _fitted(result, data, repair, say)
+            with of(data).watched():  # what all processes refuse is repaired another way in all of them
+                return _fitted(result, data, repair, say)
         except (DataError, InputError) as error:
             refused = str(error).splitlines()[0]
     used = 0
     if repair != "none":
         say("BatchNorm statistics")
-        used = batch_norm_statistics(result.model, batches(data, args))
+        used = batch_norm_statistics(result.model, batches(data, args), of(data))
     if refused:
         instead = "BatchNorm re-estimated instead" if used else "and there is no BatchNorm to re-estimate"
         result.notes.append(f"not repaired by {'biases' if repair == 'bias' else 'least squares'}, {instead}: {refused}")

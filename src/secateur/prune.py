@@ -25,12 +25,14 @@ from secateur.measure.proof import Proof, prove, require
 from secateur.measure.run import at_rest, forward
 from secateur.mend import Progress, Result, mend, study_of
 from secateur.plan import Cost, Plan
+from secateur.processes import of
 from secateur.reach import Options as Search
 from secateur.reach import achieved, measured_again, within
 from secateur.repair import HOW, Study
 from secateur.repair.study import BY_CURVES
 from secateur.surgery import Cut, cut
 from secateur.trace import Graph, analyse, parts, trace
+from secateur.trace.only import named
 from secateur.trace.tracer import patterns
 
 
@@ -48,6 +50,7 @@ def prune(
     depth: bool = False,
     loss: Loss | None = None,
     progress: Progress | None = None,
+    only: Sequence[str] = (),
 ) -> Result:
     """Trace, score, plan, cut, prove, and repair where data is given. `model` is never changed.
 
@@ -58,6 +61,7 @@ def prune(
         targets: `MACs`, `Params`, `Bytes`, and what is measured on real cuts: `Latency`, `PeakMemory`; all are met.
         data: batches (a tensor, `(inputs, labels)`, or a dict of keyword inputs); something that can be read more than once.
             At most 2,048 rows are used for the repair, fewer where their activations would take more than about 4 GiB.
+            `secateur.processes.Shared(batches)`: several processes run a share each, and have the same result.
         score: "obs" (the reconstruction error that a unit's removal causes; the default with data), the name of a criterion
             (`score.CRITERIA`; without data "l2"), a function `(graph, model, seed)`, or {group: numbers}.
         allocation: "search" (the default with "obs": the budget is spent where error rises least, early errors weighed in two ways and
@@ -71,14 +75,16 @@ def prune(
         loss: `loss(outputs, batch)` -> scalar tensor, for criteria that need gradients; by default what the model returns as
             `.loss`, else cross entropy with the labels.
         progress: called with the name of each stage as it starts.
+        only: names or patterns of the groups that may lose units, or "neurons" (hidden units of linear layers); without it all may.
 
     Raises:
-        CaptureError, InputError, ModelError, DataError, TargetError, CutError, ProofError: see `secateur.errors`; in every
-            case nothing was changed.
+        CaptureError, InputError, ModelError, DataError, TargetError, CutError, ProofError, ProcessError: see `secateur.errors`; in
+            every case nothing was changed.
     """
     score, allocation, repair = chosen(score, allocation, repair, data is not None)
-    how = How(score, allocation, repair, seed, depth, loss, data, ignore)
-    return begin(model, args, kwargs, how, progress).result(targets)
+    how = How(score, allocation, repair, seed, depth, loss, data, ignore, only)
+    with of(data).watched():
+        return begin(model, args, kwargs, how, progress).result(targets)
 
 
 def begin(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None, how: How, progress: Progress | None = None) -> Work:
@@ -93,7 +99,8 @@ def begin(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None, how: 
     kwargs, ignore = dict(kwargs or {}), patterns(how.ignore)
     check(model, args, kwargs)
     say("trace")
-    return Work(model, args, kwargs, replace(how, ignore=ignore), say, _traced(model, args, kwargs, ignore))
+    graph = _traced(model, args, kwargs, ignore)
+    return Work(model, args, kwargs, replace(how, ignore=ignore), say, graph).but(only=how.only)
 
 
 def _is_random(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
@@ -162,6 +169,7 @@ class How:
     loss: Loss | None = None
     data: Iterable[Any] | None = None
     ignore: Sequence[str] = ()
+    only: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -193,6 +201,20 @@ class Work:
     say: Progress
     graph: Graph
     planners: dict[int, _Planner] = field(default_factory=dict, repr=False)  # by the id of a trace that lives as long
+    studies: dict[int, Study] = field(default_factory=dict, repr=False)  # likewise
+
+    def but(self, only: Sequence[str] = (), depth: bool = False) -> Work:
+        """The same with other groups that may lose units, from the same trace and statistics. Raises InputError where `only` names none."""
+        if only := patterns(only):
+            named(self.graph, only)
+        return replace(self, how=replace(self.how, only=only, depth=depth or self.how.depth), planners={})
+
+    def study(self, graph: Graph) -> Study:
+        """Statistics of the dense model on the data, computed as they are asked for."""
+        if id(graph) not in self.studies:
+            assert self.how.data is not None
+            self.studies[id(graph)] = study_of(self.model, graph, self.how.data, self.how.seed, say=self.say)
+        return self.studies[id(graph)]
 
     def result(self, targets: Sequence[Target | MeasuredTarget]) -> Result:
         """Plan, cut, prove and repair for these targets.
@@ -231,7 +253,7 @@ class Work:
     def _carry_out(self, graph: Graph, targets: Sequence[Target | MeasuredTarget]) -> _Done:
         planner = self._planner(graph)
         self.say("plan")
-        plan = within(self.model, graph, targets, planner.plan, planner.scores, Search(say=self.say))
+        plan = within(self.model, graph, targets, planner.plan, planner.scores, Search(say=self.say, processes=of(self.how.data)))
         plan = _explained(plan, self.how.score, self.how.seed)
         self.say("cut")
         done = cut(self.model, graph, plan, values=False)  # the proof below compares values
@@ -240,7 +262,7 @@ class Work:
         if not proof.passed and done.how == "attributes":  # a number of forward() that no shape shows, such as sqrt(width)
             done = cut(self.model, graph, plan, refuse_class=f"its forward() deviates by {proof.max_error:.1e} after the cut")
             proof = prove(self.model, graph, plan.keep, done.model)
-            plan = measured_again(plan, done.model, targets, self.model, graph)
+            plan = measured_again(plan, done.model, targets, self.model, graph, of(self.how.data))
         return _Done(graph, plan, done, proof, planner.study)
 
     def _planner(self, graph: Graph) -> _Planner:
@@ -257,19 +279,26 @@ class Work:
         scores = criteria.score(graph, self.model, how.score, how.seed, statistics)
         if how.depth:
             scores = {**scores, **criteria.blocks(graph, self.model)}
-        study = study_of(self.model, graph, how.data, how.seed, say=self.say) if how.data is not None else None  # for the repair
+        scores = of(how.data).lent("scores", self._of_named(graph, scores))
+        study = self.study(graph) if how.data is not None else None  # for the repair
         return _Planner(partial(budget.plan, graph, scores, allocation=how.allocation), scores, study)
 
     def _by_curves(self, graph: Graph) -> _Planner:
-        how = self.how
-        assert how.data is not None
-        study = study_of(self.model, graph, how.data, how.seed, say=self.say)
-        scores = study.scores()
+        how, study = self.how, self.study(graph)
+        scores = self._of_named(graph, study.scores())
         if how.allocation in BY_CURVES:
-            return _Planner(partial(study.plan, allocation=how.allocation, depth=how.depth), scores, study)
+            only = named(graph, how.only) if how.only else None
+            return _Planner(partial(study.plan, allocation=how.allocation, depth=how.depth, only=only), scores, study)
         if how.depth:
-            scores = {**scores, **{name: curve.error[1:] for name, curve in study.blocks.items()}}
+            scores = self._of_named(graph, {**scores, **{name: curve.error[1:] for name, curve in study.blocks.items()}})
         return _Planner(partial(budget.plan, graph, scores, allocation=how.allocation), scores, study)
+
+    def _of_named(self, graph: Graph, scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The scores, infinite where `only` does not name the group."""
+        if not self.how.only:
+            return scores
+        may = named(graph, self.how.only)
+        return {n: s if n in may else torch.full_like(s, torch.inf) for n, s in scores.items() if n in may or n in graph.groups}
 
     @cached_property
     def tied(self) -> Graph:

@@ -34,9 +34,10 @@ from secateur.masks import (
 from secateur.measure.checks import check
 from secateur.measure.count import count
 from secateur.measure.proof import require
-from secateur.mend import Progress, Result, study_of
+from secateur.mend import Progress, Result, agreed, study_of
 from secateur.pattern import FREE, NM, Pattern, share_of, written
 from secateur.plan import Plan
+from secateur.processes import Shared, of
 from secateur.repair import changed, proven, put_into
 from secateur.repair.layers import find_layers
 from secateur.repair.study import Study
@@ -87,38 +88,49 @@ class Sparse:
 
 def sparsify(
     model: nn.Module, args: tuple, how: Sparse, data: Iterable[Any] | None = None, *,
-    kwargs: Mapping[str, Any] | None = None, progress: Progress | None = None,
+    kwargs: Mapping[str, Any] | None = None, progress: Progress | None = None, study: Study | None = None,
 ) -> Result:  # fmt: skip
     """Make single weights of linear layers and convolutions zero. `model` is never changed.
 
     Args:
         model: a trained module. args, kwargs: example inputs, as it is called.
         how: what stays, in which pattern, by which method.
-        data: batches of inputs, without labels (see `prune`); without it only magnitudes can be looked at.
+        data: batches of inputs, without labels (see `prune`); without it only magnitudes can be looked at. Processes may share it
+            (`secateur.processes.Shared`).
         progress: called with the name of each stage as it starts.
+        study: of this very model, these inputs and this data, from an earlier `Result`: its trace and its rows are taken.
 
     Returns a `Result`: `model` of the same shapes, `plan.weights` the masks, `masks` what became of each layer.
 
     Raises:
-        InputError, ModelError, CaptureError, DataError, PlanError, ProofError: nothing was changed.
+        InputError, ModelError, CaptureError, DataError, PlanError, ProofError, ProcessError: nothing was changed.
     """
-    say, keep = progress or (lambda stage: None), how.share()
+    say = progress or (lambda stage: None)
+    how.share()
     by = ("alps" if data is not None else "magnitude") if how.by == "auto" else how.by
     method = find(by)
     if method.needs != "weights" and data is None:
         raise InputError(f"by={by!r} needs calibration data.\n  Pass data=, batches of inputs; no labels are needed. by='magnitude' does without.")
     if how.budget == "search" and data is None and not isinstance(how.pattern, NM):
         raise InputError("budget='search' compares outputs on data.\n  Pass data=, batches of inputs without labels, or use budget='erk'.")
-    kwargs = dict(kwargs or {})
+    with of(data).watched():
+        return agreed(_sparse(model, (args, dict(kwargs or {})), replace(how, by=by), (data, study), say), of(data))
+
+
+def _sparse(
+    model: nn.Module, inputs: tuple[tuple, dict[str, Any]], how: Sparse, given: tuple[Iterable[Any] | None, Study | None], say: Progress
+) -> Result:
+    (args, kwargs), (data, study) = inputs, given
+    method, keep = find(how.by), how.share()
     check(model, args, kwargs)
-    look = _looked_at(model, (args, kwargs), how, data, say)
+    look = _looked_at(model, (args, kwargs), how, data, say, study)
     if how.permute:
         look = _reordered(look, (args, kwargs), how, say)
-    given, model, graph, chosen, study = model, look.model, look.graph, look.chosen, look.study
+    dense, model, graph, chosen, study = model, look.model, look.graph, look.chosen, look.study
     asked = spread(chosen, state_of(model), how.pattern, keep, *_budget(look, how, keep, say))
-    why = {"score": by, "pattern": written(how.pattern), "budget": how.budget if isinstance(how.budget, str) else "given", "seed": how.seed,
+    why = {"score": how.by, "pattern": written(how.pattern), "budget": how.budget if isinstance(how.budget, str) else "given", "seed": how.seed,
            "keep": str(float(keep)), "refit": how.refit and data is not None, "corrected": how.corrected,
-           **({"permuted": True} if look.model is not given else {})}  # fmt: skip
+           **({"permuted": True} if look.model is not dense else {})}  # fmt: skip
     plan = Plan(_everything(graph), graph.cost(), graph.cost(), why)
     if study is None:
         weights = {n: mask_alone(chosen.layers[n], state_of(model)[n], one) for n, one in asked.items()}
@@ -143,11 +155,18 @@ class _Look:
     notes: list[str]
 
 
-def _looked_at(model: nn.Module, inputs: tuple[tuple, dict[str, Any]], how: Sparse, data: Iterable[Any] | None, say: Progress) -> _Look:
-    say("trace")
-    graph = trace(model, *inputs, ignore=patterns(how.ignore))
+def _looked_at(
+    model: nn.Module, inputs: tuple[tuple, dict[str, Any]], how: Sparse, data: Iterable[Any] | None, say: Progress, study: Study | None = None
+) -> _Look:
+    ignore = patterns(how.ignore)
+    if study is None or study.data is not data or study.model is not model or study.graph.ignored != ignore:
+        say("trace")
+        graph = trace(model, *inputs, ignore=ignore)
+        study = study_of(model, graph, data, how.seed, say) if data is not None else None
+    else:
+        graph = study.graph
     chosen = select(graph, state_of(model), how.pattern)
-    return _Look(model, graph, chosen, study_of(model, graph, data, how.seed, say) if data is not None else None, chosen.notes())
+    return _Look(model, graph, chosen, study, chosen.notes())
 
 
 def _reordered(look: _Look, inputs: tuple[tuple, dict[str, Any]], how: Sparse, say: Progress) -> _Look:
@@ -159,7 +178,10 @@ def _reordered(look: _Look, inputs: tuple[tuple, dict[str, Any]], how: Sparse, s
     model, said = permuted(look.model, look.graph, look.chosen, squares, how.pattern, how.seed, feeds[:1])
     if model is look.model:
         return replace(look, notes=[*look.notes, said])
-    again = _looked_at(model, inputs, how, [named or args for args, named in feeds] or None, say)  # data may be read only once
+    data: Any = [named or args for args, named in feeds] or None  # which may be read only once
+    if look.study is not None and look.study.processes.world > 1:
+        data = Shared(data, look.study.processes)
+    again = _looked_at(model, inputs, how, data, say)
     return replace(again, notes=[*again.notes, f"{said}; the plan is for that order, in which result.dense is too"])
 
 

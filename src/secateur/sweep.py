@@ -14,6 +14,7 @@ from secateur.errors import InputError
 from secateur.measure import at_rest
 from secateur.measure.run import forward
 from secateur.mend import Progress, Result, study_of
+from secateur.processes import of
 from secateur.prune import How, begin, chosen, sensible
 
 Point = Target | MeasuredTarget | Sequence[Target | MeasuredTarget]
@@ -35,6 +36,7 @@ def sweep(
     loss: Loss | None = None,
     progress: Progress | None = None,
     each: Callable[[Result], None] | None = None,
+    only: Sequence[str] = (),
 ) -> list[Result]:
     """`prune` for every point of `targets`: the same results, in their order, for one trace and one reading of the data.
 
@@ -47,20 +49,21 @@ def sweep(
         InputError: no point, or a target that cannot be meant; all are looked at before anything is computed.
         CaptureError, ModelError, DataError, TargetError, CutError, ProofError: as `prune`; results before that went to `each`.
     """
-    how = How(*chosen(score, allocation, repair, data is not None), seed, depth, loss, data, ignore)
+    how = How(*chosen(score, allocation, repair, data is not None), seed, depth, loss, data, ignore, only)
     points = [tuple(p) if isinstance(p, (list, tuple)) else (p,) for p in targets]
     if not points:
         raise InputError("a sweep of no budgets.\n  Pass some, such as [MACs('80%'), MACs('60%')].")
-    work = begin(model, args, kwargs, how, progress)
-    for point in points:
-        sensible(point, work.graph)
-    found = []
-    for point in points:
-        work.say(" and ".join(str(t) for t in point))
-        found.append(work.result(point))
-        if each is not None:
-            each(found[-1])
-    return found
+    with of(data).watched():
+        work = begin(model, args, kwargs, how, progress)
+        for point in points:
+            sensible(point, work.graph)
+        found = []
+        for point in points:
+            work.say(" and ".join(str(t) for t in point))
+            found.append(work.result(point))
+            if each is not None:
+                each(found[-1])
+        return found
 
 
 def divergence(result: Result, data: Iterable[Any]) -> float | None:

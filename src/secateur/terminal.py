@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from secateur.figures import number, percent, seconds, size
+from secateur.figures import joules, number, percent, seconds, size
 from secateur.layer_tables import masks, repairs
+from secateur.screen import Screen
 
 if TYPE_CHECKING:
     from secateur.explore import Sweep
@@ -32,44 +32,41 @@ REPAIRED = {
 MOST_ROWS = 40  # of a table; the rest is counted, and in --json
 
 
-def out() -> Console:
-    """Standard output, as it is now; 120 columns wide where it is no terminal, so that files and pipes keep names."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+def out() -> Screen:
+    """Standard output, as it is now."""
+    return Screen()
 
 
 def error(message: str) -> None:
-    """One message on standard error, as it was written: no markup, no wrapping."""
-    Console(stderr=True, highlight=False).print(f"secateur: {message}", markup=False, soft_wrap=True)
+    """One message on standard error, as it was written, without wrapping."""
+    Screen(stderr=True).print(f"secateur: {message}", soft_wrap=True)
 
 
 @contextmanager
 def stages() -> Iterator[Any]:
     """A function that names the stage at work; on a terminal each stage has a spinner and its seconds."""
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        open_tasks: list[Any] = []
+    console = Screen(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=1, visible=False)
 
-        def say(stage: str) -> None:
-            _finish(progress, open_tasks)
-            open_tasks.append(progress.add_task(stage, total=1))
+        def say(stage: str | None) -> None:
+            """What is done stays on the terminal as a line; only the stage at work moves, however many there are."""
+            done = progress.tasks[0]
+            if done.visible and console.is_terminal:
+                progress.print(Text("✓", style="green"), done.description, Text(f"{done.elapsed or 0:.0f} s", style="dim"))
+            progress.reset(task, description=stage or "", visible=stage is not None)
 
         yield say
-        _finish(progress, open_tasks)
-
-
-def _finish(progress: Progress, open_tasks: list[Any]) -> None:
-    while open_tasks:
-        progress.update(open_tasks.pop(), completed=1)
+        say(None)
 
 
 @contextmanager
 def bar(title: str) -> Iterator[Any]:
     """A function (done, total) that moves a bar on a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    console = Screen(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -99,7 +96,7 @@ def job(done: Job) -> None:
         whole, gone = result.plan.why["of_parameters"], result.plan.why["of_weights"] - result.plan.why["kept"]
         console.print(f"{gone:,} of {whole:,} parameters are zeroed ({percent(gone / max(1, whole))}); zeros are stored as such")
     for row in result.plan.why.get("achieved", ()):
-        console.print(asked(row), markup=False)
+        console.print(asked(row))
     if result.repairs:
         console.print(repairs(result.repairs))
     if done.accuracy:
@@ -111,9 +108,9 @@ def job(done: Job) -> None:
     how = own if result.cut.how == "attributes" else "the captured graph"
     console.print(f"model: {how}")
     for note in result.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
     if done.folder is not None:
-        console.print(f"saved: {done.folder}", markup=False, soft_wrap=True)
+        console.print(f"saved: {done.folder}", soft_wrap=True)
 
 
 def streamed(done: Streamed, by: str) -> None:
@@ -123,25 +120,25 @@ def streamed(done: Streamed, by: str) -> None:
     if done.blocks < done.depth:
         console.print(f"{done.depth - done.blocks} of {done.depth} blocks were there from a run before")
     for note in done.notes:
-        console.print(f"note: {note}", markup=False)
-    console.print(f"saved: {done.folder}", markup=False, soft_wrap=True)
+        console.print(f"note: {note}")
+    console.print(f"saved: {done.folder}", soft_wrap=True)
 
 
 def verified(found: Verified) -> None:
     """What `verify` looked at, and what it found wrong."""
     console = out()
-    console.print(f"{found.folder}: {found.files} files with the hashes they were written with", markup=False, soft_wrap=True)
+    console.print(f"{found.folder}: {found.files} files with the hashes they were written with", soft_wrap=True)
     if found.weights:
         console.print(f"{found.zeros:,} of {found.size:,} weights of {found.weights} layers are zero")
     if 0 < found.stored < found.dense:
         console.print(f"{size(found.stored)} of tensors on disk, {size(found.dense)} dense ({found.dense / found.stored:.2f} times smaller)")
     for problem in found.problems:
-        console.print(f"wrong: {problem}", markup=False, soft_wrap=True)
+        console.print(f"wrong: {problem}", soft_wrap=True)
     console.print("nothing is wrong" if not found.problems else f"{len(found.problems)} things are wrong")
 
 
 def _groups(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("group", "kind", title="groups that lost units", title_justify="left")
+    table = Table("group", "kind", title="groups that lost units")
     for name in ("units", "left", "MACs saved", "parameters saved"):
         table.add_column(name, justify="right")
     for row in sorted(rows, key=lambda r: -r["macs_saved"])[:MOST_ROWS]:
@@ -184,7 +181,8 @@ def asked(row: Mapping[str, Any]) -> str:
 def accuracies(measured: Mapping[str, float], repair: str = "batch_norm") -> Table:
     """Accuracy on the test rows, stage by stage."""
     names = {"dense": "dense", "cut": "as cut", "batch_norm": "BatchNorm re-estimated", "repaired": REPAIRED.get(repair, "repaired")}
-    table = Table("accuracy on the test rows", "")
+    table = Table("accuracy on the test rows")
+    table.add_column("", justify="right")
     for name, value in measured.items():
         table.add_row(names.get(name, name), percent(value))
     return table
@@ -193,7 +191,7 @@ def accuracies(measured: Mapping[str, float], repair: str = "batch_norm") -> Tab
 def inspection(name: str, graph: Graph, rows: int) -> None:
     """What can be cut, what cannot and why, and what the model costs."""
     console = out()
-    table = Table("group", "kind", "lives in", title=f"{name}: {len(graph.groups)} groups", title_justify="left")
+    table = Table("group", "kind", "lives in", title=f"{name}: {len(graph.groups)} groups")
     for column in ("units", "MACs a unit", "parameters a unit"):
         table.add_column(column, justify="right")
     found = graph.describe()
@@ -207,19 +205,19 @@ def inspection(name: str, graph: Graph, rows: int) -> None:
     console.print(table)
     if graph.blocks:
         shown = ", ".join(list(graph.blocks)[:4]) + (" ..." if len(graph.blocks) > 4 else "")
-        console.print(f"{len(graph.blocks)} residual blocks can go as a whole with --depth: {shown}", markup=False)
+        console.print(f"{len(graph.blocks)} residual blocks can go as a whole with --depth: {shown}")
     if graph.frozen:
         console.print(_frozen(graph))
     console.print(costs({"dense": graph.cost()}, rows))
     for note in graph.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
 
 
 def _frozen(graph: Graph) -> Table:
     reasons: dict[str, list[Any]] = defaultdict(list)
     for frozen in graph.frozen:
         reasons[frozen.reason].append(frozen)
-    table = Table("why it stays", "axes", "of sizes", "for example", title="frozen", title_justify="left")
+    table = Table("why it stays", "axes", "of sizes", "for example", title="frozen")
     for reason, axes in sorted(reasons.items(), key=lambda item: -len(item[1])):
         sizes = sorted({axis.size for axis in axes})
         shown = ", ".join(map(str, sizes[:4])) + (" ..." if len(sizes) > 4 else "")
@@ -229,16 +227,16 @@ def _frozen(graph: Graph) -> Table:
 
 def sensitivity(rows: Sequence[Mapping[str, Any]], groups: int, batch: int) -> None:
     """Error of each group, and divergence of the output, with about 75, 50 and 25 % of its units; worst first."""
-    table = Table("group", "kind", title="sensitivity: error of the layers that read a group, and divergence of the output", title_justify="left")
+    table = Table("group", "kind", title="sensitivity: error of the layers that read a group, and divergence of the output")
     for name in ("units", *(f"{share} % kept" for share in (75, 50, 25)), f"MACs at 50 % (batch of {batch})"):
         table.add_column(name, justify="right")
     picked = [(row, [_nearest(row["points"], share) for share in (0.75, 0.5, 0.25)]) for row in rows]
     for row, three in sorted(picked, key=lambda pair: -pair[1][1]["error"])[:MOST_ROWS]:
         cells = [f"{p['error']:.2g}" + (f" / {p['divergence']:.2g}" if p["divergence"] is not None else "") for p in three]
-        table.add_row(escape(row["group"]), row["kind"], f"{row['units']:,}", *cells, number(three[1]["macs"]))
+        table.add_row(row["group"], row["kind"], f"{row['units']:,}", *cells, number(three[1]["macs"]))
     said = "error, of the variance of what is fed / divergence, of the output"
     said += f"; {groups - len(rows)} groups have no curve, because something else than linear layers sums over them" if groups > len(rows) else ""
-    table.caption, table.caption_justify = said + ("; --json lists all" if len(rows) > MOST_ROWS else ""), "left"
+    table.caption = said + ("; --json lists all" if len(rows) > MOST_ROWS else "")
     out().print(table)
 
 
@@ -250,7 +248,7 @@ def _nearest(points: Sequence[Mapping[str, Any]], kept: float) -> Mapping[str, A
 def sweep(done: Sweep) -> None:
     """One row per point."""
     console, dense = out(), done.dense
-    table = Table("budget", title=f"{done.name}: {len(done.points)} budgets", title_justify="left")
+    table = Table("budget", title=f"{done.name}: {len(done.points)} budgets")
     labelled = any(row.get("accuracy") is not None for row in done.points)
     timed = any(row.get("seconds") is not None for row in done.points)
     heads = [f"MACs (batch of {done.rows})", "of it", "parameters", *(["as cut", "accuracy"] if labelled else []), "divergence"]
@@ -267,9 +265,9 @@ def sweep(done: Sweep) -> None:
         table.add_row(row["label"], *cells)
     console.print(table)
     chosen = done.settings
-    console.print(f"score {chosen['score']}, allocation {chosen['allocation']}, repair {chosen['repair']}", markup=False)
+    console.print(f"score {chosen['score']}, allocation {chosen['allocation']}, repair {chosen['repair']}")
     if done.folder is not None:
-        console.print(f"saved: {done.folder}", markup=False, soft_wrap=True)
+        console.print(f"saved: {done.folder}", soft_wrap=True)
 
 
 def _percent(value: float | None) -> str:
@@ -278,7 +276,7 @@ def _percent(value: float | None) -> str:
 
 def measurement(name: str, found: Measurement) -> None:
     """One model's figures, with the conditions they hold under."""
-    table = Table("figure", title=name, title_justify="left")
+    table = Table("figure", title=name)
     table.add_column("", justify="right")
     table.add_row(f"MACs (batch of {found.batch})", number(found.cost.macs))
     table.add_row("parameters", number(found.cost.params))
@@ -289,13 +287,24 @@ def measurement(name: str, found: Measurement) -> None:
         table.add_row("latency, median", seconds(timed.median))
         table.add_row("latency, interquartile range", seconds(timed.spread))
         table.caption = f"{found.runtime}, {timed.rounds} rounds, {timed.threads} threads, {found.device}, {found.dtype}"
-    out().print(table)
+    used = found.energy
+    if used is not None and used.joules is not None:
+        table.add_row(f"energy, {used.kind} (batch of {found.batch})", joules(used.joules))
+        if used.above_idle is not None:
+            table.add_row("energy above that of the idle machine", joules(used.above_idle))
+    console = out()
+    console.print(table)
+    if used is not None:
+        console.print(f"energy, {used.kind}: {used.source}. Not in it: {used.leaves_out}.")
 
 
 def converted(name: str, found: Converted, rows: int) -> None:
     """What was chosen for every layer, and the whole model both ways."""
     console = out()
-    table = Table("layer", "zeros", "dense", "sparse", "taken", title=f"{name}, batch of {rows}, {found.threads} threads", title_justify="left")
+    table = Table("layer", title=f"{name}, batch of {rows}, {found.threads} threads")
+    for head in ("zeros", "dense", "sparse"):
+        table.add_column(head, justify="right")
+    table.add_column("taken")
     for c in sorted(found.choices, key=lambda c: c.dense, reverse=True):
         taken = f"{c.form}: {c.why}" if c.why else c.form
         table.add_row(c.layer, f"{c.zeros:.1%}", f"{c.dense * 1e3:.3f} ms", f"{c.sparse * 1e3:.3f} ms", taken)
@@ -306,14 +315,14 @@ def converted(name: str, found: Converted, rows: int) -> None:
     elif not found.notes:
         console.print("no layer has zeros enough (30 %) to be timed")
     for note in found.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
 
 
 def criteria(rows: Sequence[Mapping[str, str]], title: str = "criteria: what scores lowest goes first") -> None:
     """One line per criterion or method; `explain NAME` says the rest."""
-    table = Table("name", "needs", "formula", title=title, title_justify="left")
+    table = Table("name", "needs", "formula", title=title)
     for row in rows:
-        table.add_row(row["name"], row["needs"], escape(row["formula"]))
+        table.add_row(row["name"], row["needs"], row["formula"])
     table.caption = "`secateur explain NAME` says what one costs, when to use it, and where it comes from"
     out().print(table)
 
@@ -323,5 +332,5 @@ def criterion(facts: Mapping[str, str]) -> None:
     needs = {"weights": "the weights only", "inputs": "batches of inputs (data=)", "labels": "batches with labels (data=), or loss="}
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, text in {**facts, "needs": needs[facts["needs"]]}.items():
-        table.add_row(f"[bold]{name}[/bold]", escape(text))
+        table.add_row(Text(name, style="bold"), text)
     out().print(table)

@@ -119,10 +119,45 @@ def test_functions_return_arrays_or_batches():
     assert isinstance(data, Data) and data.labelled and len(list(data.train)) == 2
 
 
+FORMS = """
+import numpy as np, torch
+from beside_the_data import ROWS
+x, y = np.arange(ROWS * 8, dtype=np.float32).reshape(ROWS, 8), (np.arange(ROWS) % 3).astype(np.uint8)
+t, u = torch.tensor(x), torch.tensor(y)
+def arrays(): return x, y
+def tensors(): return t, u
+def inputs(): return t
+def parts(): return (t[:30], u[:30]), (t[30:], u[30:])
+def parts_of_arrays(): return (x[:30], y[:30]), (x[30:], y[30:])
+def short(): return (t, u[:-1]), (t, u)
+def words(): return np.array(["a", "b"]), y[:2]
+"""
+
+
+def test_what_a_function_may_return(tmp_path, monkeypatch):
+    """Arrays and tensors, with labels and without, in one part or in two; the file sees what lies beside it from anywhere."""
+    (tmp_path / "forms.py").write_text(FORMS)
+    (tmp_path / "beside_the_data.py").write_text("ROWS = 40\n")
+    spec = f"{tmp_path / 'forms.py'}"
+    one, other = load_data(f"{spec}:arrays"), load_data(f"{spec}:tensors")
+    for part in ("train", "test"):
+        a, b = everything(getattr(one, part)), everything(getattr(other, part))
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and one.labelled
+    bare = load_data(f"{spec}:inputs")
+    assert not bare.labelled and sum(map(len, bare.train)) == 32 and next(iter(bare.train)).shape == (32, 8)
+    for name in ("parts", "parts_of_arrays"):
+        data = load_data(f"{spec}:{name}")
+        (x, y), (test_x, test_y) = everything(data.train), everything(data.test)
+        assert data.labelled and torch.equal(torch.cat([x, test_x]).reshape(-1), torch.arange(320.0))
+        assert y.tolist() == [n % 3 for n in range(30)] and test_y.tolist() == [n % 3 for n in range(30, 40)]
+    refused(f"{spec}:words", "returned an array that is no tensor")
+
+
 def test_the_example_is_the_first_rows():
     x, y = nets.rows()
     data = Data("d", Batches(x, y, 16), Batches(x, y, 16), True)
     assert torch.equal(data.example(3)[0][0], x[:3])
+    assert data.example(3)[0][0].untyped_storage().nbytes() == 3 * x[0].nbytes, "a view would count as the whole data set in memory"
     words = Data("w", [{"input_ids": x, "n": 3}], [], False)
     assert words.example(2)[1]["input_ids"].shape[0] == 2
 

@@ -69,6 +69,9 @@ def test_random_weights_come_from_the_seed():
 @pytest.mark.parametrize(("spec", "pattern"), [
     ("resnet", r"'resnet' is no model that secateur knows"),
     ("nowhere.py:net", r"nowhere.py does not exist"),
+    (nets.__file__, r"names a file and no function in it.\n  Write .*nets.py:FUNCTION"),
+    ("nets:MADE", r"nets:MADE is a Linear, not a function that builds one.\n  Write one"),
+    ("nets:nett", r"it has net, "),
     ("nets:missing", r"nets has no function 'missing'; it has .*net"),
     ("no_such_module:net", r"there is no module 'no_such_module'"),
     ("nets:broken", r"OSError: the disk with the weights is gone"),

@@ -4,7 +4,8 @@ import re
 from html.parser import HTMLParser
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
-UNITS = {"T": 1e12, "G": 1e9, "M": 1e6, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1, "s": 1, "ms": 1e-3, "µs": 1e-6, "%": 0.01, "×": 1}
+UNITS = {"T": 1e12, "G": 1e9, "M": 1e6, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1, "s": 1, "ms": 1e-3, "µs": 1e-6, "%": 0.01, "×": 1,
+         "J": 1, "mJ": 1e-3, "µJ": 1e-6, "nJ": 1e-9}  # fmt: skip
 
 
 class Page(HTMLParser):

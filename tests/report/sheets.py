@@ -84,12 +84,25 @@ FROZEN = [
 ]
 
 
+ENERGY = {
+    "kind": "estimate", "source": "Horowitz, ISSCC 2014: 4.6 pJ a float32 multiply-accumulate, 162.5 pJ a byte of DRAM", "leaves_out": "caches",
+    "dense": {"joules": 2.9e-3, "kind": "estimate"}, "pruned": {"joules": 1.6e-3, "kind": "estimate"},
+}  # fmt: skip
+
+
+def training(through, epochs=10):
+    """A training back of so many epochs, of which some are through."""
+    rows = [{"epoch": n, "step": 391 * n, "lr": 0.02 * (1 - n / epochs), "loss": 2.1 / n ** 0.5, "seconds": 61.25 * n,
+             "valid_loss": 1.9 / n ** 0.4, "valid": 0.9371 - 0.3 / n} for n in range(1, through + 1)]  # fmt: skip
+    return {"epochs": epochs, "steps": 391 * epochs, "rows": rows}
+
+
 def full(count=27, seed=0, **other):
     """A report with every section; `count` groups, layers and curves."""
     rng = random.Random(seed)
     sections = {
         "groups": groups(count, rng), "frozen": FROZEN, "repairs": repairs(count, rng), "sensitivity": sensitivity(count, rng),
-        "pareto": pareto(), "latency": latency(rng),
+        "pareto": pareto(), "latency": latency(rng), "energy": ENERGY, "training": training(10),
         "settings": {"command": "secateur prune resnet.py:build --data npz:calibration.npz --at-most macs=50% --at-most params=450k -o out/"},
         "accuracy": {"metric": "accuracy", "rows": 10_000, "stages": [{"stage": s, "value": v} for s, v in JOB["accuracy"].items()]},
     }  # fmt: skip

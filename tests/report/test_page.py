@@ -8,11 +8,13 @@ import sheets
 from pages import Page, numbers, says
 
 from secateur import report
+from secateur.report import charts, curves
 from secateur.report.facts import plain
 
 SHEETS = {
     "full": sheets.full, "many": lambda: sheets.full(200), "no groups": lambda: sheets.full(0), "attacked": sheets.attacked,
     "unmeasured": sheets.unmeasured, "empty": report.facts, "job": lambda: report.facts(sheets.JOB),
+    "in training": lambda: report.facts(sheets.JOB, training=sheets.training(4)), "begun": lambda: report.facts(training=sheets.training(0)),
 }  # fmt: skip
 
 
@@ -164,3 +166,62 @@ def test_tables_have_headers_and_charts_have_words(both):
             assert attributes["role"] == "table"
         if "mark" in (attributes.get("class") or "").split():
             assert attributes["tabindex"] == "-1" and attributes["role"] == "img"
+
+
+def test_a_training_that_is_not_through_shows_how_far_it_is_and_loads_itself_anew():
+    for through, done, left in ((0, 0.0, None), (4, 0.4, 61.25 * 6), (10, 1.0, 0.0)):
+        sheet = report.facts(training=sheets.training(through))
+        assert sheet["training"]["done"] == pytest.approx(done) and sheet["training"]["left"] == (left and pytest.approx(left))
+        page = Page(report.render(sheet))
+        anew = [a["content"] for name, a in page.elements if name == "meta" and a.get("http-equiv") == "refresh"]
+        assert anew == ([] if through == 10 else ["10"])
+        points = [a for name, a in page.elements if name == "circle"]
+        assert len(points) == 3 * through  # loss, validation loss, accuracy
+
+
+def test_what_training_changes_is_not_carried_over():
+    known = sheets.full()
+    kept = report.carried(known)
+    assert not kept.keys() & {"accuracy", "latency", "energy", "hardware", "created", "training", "notes"}
+    assert all(kept[name] == known[name] for name in ("cost", "groups", "repairs", "proof", "model"))
+    assert kept["settings"]["pruned_with"] == known["settings"]["command"] and "command" not in kept["settings"]
+
+
+def test_what_was_only_inspected_is_not_called_unmeasured():
+    cost = [{"figure": "macs", "dense": 1000, "pruned": None}, {"figure": "bytes", "dense": 2048, "pruned": None}]
+    groups = [{"name": "a:out", "kind": "channel", "before": 8, "after": 8}]
+    text = report.render(report.facts(None, model="net", cost=cost, groups=groups))
+    shown = [words for _, _, words in Page(text).texts]
+    assert "not measured" not in shown and "pruned" not in shown and not any("lost units" in words for words in shown)
+    assert 'class="badge' not in text, "nothing was proven"
+
+
+def test_a_masked_model_is_not_called_cut():
+    masks = [{"layer": "a", "rows": 64, "plain": 0.5, "bias": 0.5, "repaired": 0.1, "used": "fit", "why": ""}]
+    why = {**sheets.JOB["why"], "of_parameters": 100, "of_weights": 90, "kept": 30}
+    job = {**sheets.JOB, "after": sheets.JOB["before"], "masks": masks, "why": why, "accuracy": {"dense": 0.9, "repaired": 0.8}}
+    sheet = report.facts(job)
+    text = report.render(sheet)
+    assert [row["stage"] for row in sheet["accuracy"]["stages"]] == ["dense", "repaired"], "its statistics alone were not re-estimated"
+    assert "its own class, weights set to zero" in text and "tensors and attributes resized" not in text
+    tiles = text.partition('<ul class="tiles">')[2].partition("</ul>")[0]
+    assert re.findall(r"<h3>(.*?)</h3>", tiles) == ["parameters that are not zeroed", "accuracy"], "what did not change needs no tile"
+    assert "fit used" not in text
+
+
+def test_the_line_of_a_sweep_joins_what_nothing_cheaper_equals():
+    points = [(0.25, 0.5), (0.4, 0.7), (0.5, 0.6), (0.6, 0.7), (0.8, 0.71), (0.8, 0.9), (1.0, 0.9)]
+    assert curves.unbeaten(points, True) == [(0.25, 0.5), (0.4, 0.7), (0.8, 0.9)]
+    assert curves.unbeaten([(1, 3.0), (2, 4.0), (3, 1.0)], False) == [(1, 3.0), (3, 1.0)]
+    rows = [{"label": f"p{n}", "share": share, "accuracy": score} for n, (share, score) in enumerate(points)]
+    text = report.render(report.facts(None, pareto=rows))
+    assert text.count("another point costs less and is as good") == 4 and len(drawn(text, "pareto", "circle")) == 7
+    (line,) = drawn(text, "pareto", "polyline")
+    assert len(line["points"].split()) == 3
+
+
+def test_no_scale_goes_beyond_everything_right():
+    scale = charts.Scale.over([0.994, 0.994], zero=False, most=1.0)
+    assert scale.high == 1.0 and scale.low < 0.994
+    assert charts.Scale.over([0.5, 0.7], zero=False, most=1.0).high < 1.0
+    assert charts.Scale.over([0.5, 1.2], zero=False, most=1.0).high > 1.2, "a value is never outside"

@@ -1,5 +1,6 @@
 """When the user's class is kept, when the graph is handed back, and that a graph takes any batch size."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -120,3 +121,37 @@ def test_a_batch_that_is_mixed_is_not_freed():
     assert done.how == "graph" and "depends on the size of the batch" in done.notes[-1]
     with torch.no_grad():
         assert done.model(x).shape == model(x).shape
+
+
+class Shared(nn.Module):
+    """Four query heads share one key head. With one query head left it takes another way, as Llama does: without a mask."""
+
+    def __init__(self, then):
+        super().__init__()
+        self.then, self.repeats = then, 4
+        self.q, self.k, self.v, self.o = nn.Linear(12, 32), nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(32, 12)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        q = self.q(x).view(b, t, self.repeats, 8).transpose(1, 2)
+        k, v = (f(x).view(b, t, 1, 8).transpose(1, 2).expand(b, self.repeats, t, 8) for f in (self.k, self.v))
+        if self.repeats > 1:
+            mask = torch.ones(t, t, dtype=torch.bool).tril()
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None])
+        else:
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.then != "other values")
+            y = y + 0 * (k @ k.transpose(2, 3) @ v) if self.then == "more work" else y
+        return x + self.o(y.transpose(1, 2).reshape(b, t, -1))
+
+
+@pytest.mark.parametrize("then", ["the same", "other values", "more work"])
+def test_a_class_that_does_the_same_by_other_ops_is_kept(then):
+    model = Shared(then).eval()
+    graph = trace(model, (X,))
+    (heads,) = [g for g in graph.groups.values() if g.size == 4]
+    keep = {heads.name: torch.tensor([False, True, False, False])}
+    done = cut(model, graph, Plan(keep=keep, before=graph.cost(), after=graph.cost(keep), why={}))
+    assert done.how == ("attributes" if then == "the same" else "graph"), done.why
+    if done.how == "attributes":
+        assert type(done.model) is Shared and done.model.repeats == 1
+        torch.testing.assert_close(done.model(X), done.predicted(X))

@@ -66,8 +66,7 @@ def hold(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer) -> Hold
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not plan.weights:
         raise PlanError("this plan names no single weights, so there is nothing to hold.\n  A cut model has none to hold; pass a plan of sparsify().")
-    for name, stays in plan.weights.items():
-        _fits(name, parameters, stays)
+    _all_fit(parameters, plan)
     if not any(id(parameters[n]) in trained for n in plan.weights):
         raise InputError("the optimizer has none of the masked weights.\n  Make it of this model's parameters: a copy has its own.")
     held = Hold(model, plan.weights)
@@ -77,6 +76,21 @@ def hold(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer) -> Hold
     held.handles.append(optimizer.register_step_post_hook(lambda *_: held.again()))
     held.again()
     return held
+
+
+def zero(model: nn.Module, plan: Plan) -> None:
+    """Make the weights that the plan removed 0, for a training that leaves them alone.
+
+    Raises:
+        PlanError: the plan is for other shapes. Nothing was changed.
+    """
+    _all_fit(dict(model.named_parameters(remove_duplicate=False)), plan)
+    Hold(model, plan.weights).again()
+
+
+def _all_fit(parameters: Mapping[str, Tensor], plan: Plan) -> None:
+    for name, stays in plan.weights.items():
+        _fits(name, parameters, stays)
 
 
 def _fits(name: str, parameters: Mapping[str, Tensor], stays: Tensor) -> None:

@@ -126,12 +126,12 @@ class MaskedNetwork(Repair):
         errors = {"plain": sample.error(plain, outputs), "fit": sample.error(solved, outputs)}
         used = "fit" if errors["fit"] < errors["plain"] and not torch.equal(solved.w, plain.w) else "plain"
         old, asked = self.state[layer.weight], self.asked[layer.weight]
-        self.stays[layer.weight] = layer.stored(stays, old).bool()
+        self.stays |= self.processes.lent("a mask", {layer.weight: layer.stored(stays, old).bool()})
         if used == "fit":
             written(layer, self.state, solved, names, (sample.fit, eps, outputs))
         self.state[layer.weight] = torch.where(self.stays[layer.weight], self.state[layer.weight], torch.zeros((), dtype=old.dtype)) + 0.0  # no -0
         self.masks_of.append(LayerMask(
-            layer.name, tuple(old.shape), int(stays.sum()), str(asked.pattern), sample.fit.rows,
+            layer.name, tuple(old.shape), int(self.stays[layer.weight].sum()), str(asked.pattern), sample.fit.rows,
             errors["plain"], errors["fit"], used, level, left_over(asked.pattern, stays),
         ))  # fmt: skip
 
@@ -206,7 +206,7 @@ def solved(study: Study, asked: Mapping[str, Asked], means: Means, seed: int, sa
     """Masks and weights of all layers asked for, from the data of a study."""
     asked = {**(_sparse_already(study, asked) if means.corrected else {}), **asked}
     with at_rest(study.model):
-        network = MaskedNetwork(study.chunks.graph, study.state, study.chunks.feeds, asked, means, Settings(seed=seed))
+        network = MaskedNetwork(study.chunks.graph, study.state, study.chunks.feeds, asked, means, Settings(seed=seed, processes=study.processes))
         network.run(lambda layer: say(f"mask {layer}"))
     return network
 
@@ -223,7 +223,7 @@ def second_moments(study: Study, layers: Mapping[str, Layer]) -> dict[str, Tenso
 
 def _averaged(study: Study, layers: Mapping[str, Layer], of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """The mean of a function of the rows (groups, rows, columns) that each layer takes in, over a few chunks."""
-    graph, feeds = study.chunks.graph, study.chunks.feeds[:FEW]
+    graph, feeds, processes = study.chunks.graph, study.chunks.feeds[:FEW], study.processes
     own = {x.weight: x for x in find_layers(graph)}
     found: dict[str, Tensor] = {}
     with at_rest(study.model):
@@ -232,7 +232,8 @@ def _averaged(study: Study, layers: Mapping[str, Layer], of: Callable[[Tensor], 
             flow.hold(own[n].source)
         for n in layers:
             x = own[n]
-            for chunk in range(len(feeds)):
+            for chunk in filter(processes.mine, range(len(feeds))):
                 found[n] = found.get(n, 0) + of(x.rows(flow.value(chunk, x.source), None)) / len(feeds)
             flow.release(x.source)
-    return found
+    found = processes.total("moments of the dense model", found)
+    return {n: found[n] for n in layers}

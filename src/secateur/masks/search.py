@@ -43,7 +43,7 @@ def searched(study: Study, chosen: Selection, pattern: Pattern, keep: Fraction, 
     matrices = {n: x.matrix(study.state[n].detach().to(moments[n].dtype)) for n, x in chosen.layers.items()}
     weights = {n: Weight(w.reshape(-1, w.shape[-1]), tuple(study.state[n].shape), moments[n].diagonal(0, 1, 2).mean(0)) for n, w in matrices.items()}
     with at_rest(study.model):
-        outputs = [Output(study.chunks.graph, study.state, [f]) for f in study.chunks.feeds[:FEW]]
+        outputs = [Output(study.chunks.graph, study.state, [f]) for f in study.chunks.feeds[:FEW]]  # each judged by one process
 
         @lru_cache(maxsize=4 * len(weights))
         def solved(name: str, count: int) -> Tensor:
@@ -58,7 +58,8 @@ def searched(study: Study, chosen: Selection, pattern: Pattern, keep: Fraction, 
 
         def apart(counts: Mapping[str, int], batches: int) -> float:
             state = {**study.state, **{n: solved(n, c) for n, c in counts.items()}}
-            return sum(o.divergence({}, state) for o in outputs[:batches]) / batches
+            own = sum(o.divergence({}, state) for i, o in enumerate(outputs[:batches]) if study.processes.mine(i))
+            return float(study.processes.total("divergence", {"sum": torch.tensor(own, dtype=torch.float64)})["sum"]) / batches
 
         found = evolved(weights, keep, apart, len(outputs), (seed, say))
     return {n: Fraction(c, weights[n].size) for n, c in found.items()}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from secateur.measure.count import count, count_bytes, count_params
+from secateur.measure.energy import Energy, energy
 from secateur.measure.latency import Comparison, Latency, compare, latency
 from secateur.measure.memory import peak_bytes
 from secateur.measure.run import at_rest, batch_of, inputs_on
@@ -16,8 +17,8 @@ from secateur.measure.runtimes import RUNTIMES, check, prepared
 from secateur.plan import Cost
 
 __all__ = [
-    "RUNTIMES", "Comparison", "Latency", "Measurement", "at_rest", "compare", "count", "count_bytes", "count_params", "latency",
-    "measure", "peak_bytes", "prepared",
+    "RUNTIMES", "Comparison", "Energy", "Latency", "Measurement", "at_rest", "compare", "count", "count_bytes", "count_params", "energy",
+    "latency", "measure", "peak_bytes", "prepared",
 ]  # fmt: skip
 
 
@@ -32,6 +33,7 @@ class Measurement:
     device: str
     dtype: str
     runtime: str = "torch"
+    energy: Energy | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One flat dictionary of numbers and strings, ready for ``json.dumps``."""
@@ -49,6 +51,7 @@ class Measurement:
             "device": self.device,
             "dtype": self.dtype,
             "runtime": self.runtime,
+            **({f"energy_{name}": value for name, value in self.energy.to_json().items()} if self.energy else {}),
         }
 
 
@@ -62,12 +65,13 @@ def measure(
     runtime: str = "torch",
     dtype: str | None = None,
 ) -> Measurement:
-    """MACs, parameters, bytes, peak memory and latency of one forward in evaluation mode.
+    """MACs, parameters, bytes, peak memory, latency and energy of one forward in evaluation mode.
 
     ``args`` is a tuple of positional inputs, as for ``torch.export``. The model is left as it was. ``runtime`` is what
     the seconds belong to: "torch", "torch.compile", "onnxruntime" or "openvino" (the last two from an ONNX export whose
     outputs are compared with torch's); ``dtype`` what they are taken in: "float32", "bfloat16" (torch only), None the
-    model's own. Everything else is torch's.
+    model's own. Energy is measured on the same runtime where the machine has a counter, else estimated (`measure.energy`).
+    Everything else is torch's.
 
     Raises:
         InputError: the model cannot run on these inputs; an unknown runtime or dtype.
@@ -87,4 +91,5 @@ def measure(
         device=str(first.device) if first is not None else "cpu",
         dtype=dtype or (str(first.dtype).removeprefix("torch.") if first is not None else "none"),
         runtime=runtime,
+        energy=energy(model, args, kwargs, threads=threads, runtime=runtime, dtype=dtype),
     )

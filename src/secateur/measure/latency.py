@@ -22,7 +22,7 @@ from secateur.measure.run import batch_of, inputs_on
 from secateur.measure.runtimes import MOST_THREADS, prepared
 
 _SHORTEST = 2e-3  # seconds: a quicker function is called several times per sample, or the clock's noise is measured
-_BRIEF = 5e-4  # the same for samples of which the least is taken: the shorter, the more often one runs undisturbed
+BRIEF = 5e-4  # the same for samples of which the least is taken: the shorter, the more often one runs undisturbed
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def compare(
         raise InputError(f"rounds={rounds!r}, threads={threads!r}: a spread needs 2 rounds at least, a run 1 to {MOST_THREADS} threads.")
     names = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    with _threads(threads):
-        calls = {name: _calls(functions[name], _SHORTEST if least_of == 1 else _BRIEF) for name in names}
+    with using_threads(threads):
+        calls = {name: _calls(functions[name], _SHORTEST if least_of == 1 else BRIEF) for name in names}
         for turn in range(rounds):
             found: dict[str, list[float]] = {name: [] for name in names}
             for again in range(least_of):
@@ -106,11 +106,17 @@ def compare(
                     found[name].append(_sample(functions[name], calls[name]))
             for name in names:
                 samples[name].append(min(found[name]))
+    return compared(samples, calls, threads=threads, batch=batch)
+
+
+def compared(samples: Mapping[str, list[float]], calls: Mapping[str, int], *, threads: int, batch: int) -> Comparison:
+    """Medians, spreads and ratios of `samples`: for every function the seconds of one call, round by round. The first is the yardstick."""
+    names = list(samples)
     first = samples[names[0]]
     ratios = {name: [mine / one for mine, one in zip(samples[name], first, strict=True)] for name in names}
     return Comparison(
         seconds={
-            name: Latency(statistics.median(times), _spread(times), rounds, calls[name], threads, batch)
+            name: Latency(statistics.median(times), _spread(times), len(times), calls[name], threads, batch)
             for name, times in samples.items()
         },
         ratio={name: statistics.median(values) for name, values in ratios.items()},
@@ -147,7 +153,8 @@ def _spread(values: list[float]) -> float:
 
 
 @contextmanager
-def _threads(wanted: int) -> Iterator[None]:
+def using_threads(wanted: int) -> Iterator[None]:
+    """So many threads of torch's operators within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(wanted)
     try:

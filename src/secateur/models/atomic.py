@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from secateur.errors import FormatError, InputError
@@ -16,11 +16,12 @@ REPORT_FACTS, REPORT_PAGE = "report.json", "report.html"  # beside the model, no
 OURS = {MARK, TENSORS, GRAPH, REPORT_FACTS, REPORT_PAGE}  # all that a folder ever holds
 
 
-def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+def replace_folder(folder: Path, fill: Callable[[Path], None], ours: Collection[str] = OURS) -> None:
     """Let `fill` write into a new folder beside `folder`, then put it in `folder`'s place.
 
-    Until `fill` has returned and everything is on the disk, `folder` is not touched. Of the two renames that follow,
-    an interruption between them leaves the old folder complete under the name that `backup` gives.
+    Until `fill` has returned and everything is on the disk, `folder` is not touched. Between the two renames that follow an
+    interruption puts the old folder back; a kill leaves it complete under the name that `backup` gives. `ours`: names of files that an
+    older folder may hold.
 
     Raises:
         InputError: `folder` is a file, or holds something this package did not write.
@@ -28,7 +29,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """
     try:
         folder = folder.resolve() if folder.is_symlink() else folder  # a link stays a link
-        _refuse_foreign(folder)
+        refuse_foreign(folder, ours)
     except OSError as error:  # a name that no folder can have
         raise FormatError(f"{str(folder)[:200]} could not be written: {error.strerror}.\n  Nothing was left behind. Choose another name.") from error
     fresh = folder.parent / f".{folder.name}.new-{os.getpid()}"
@@ -67,9 +68,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path, ours: Collection[str] = OURS) -> None:
+    """
+    Raises:
+        InputError: `folder` is a file, or holds something this package did not write.
+    """
     if folder.is_dir():
-        foreign = sorted({path.name for path in folder.iterdir()} - OURS)
+        foreign = sorted({path.name for path in folder.iterdir()} - set(ours))
         if foreign:
             raise InputError(
                 f"{folder} holds {len(foreign)} files that secateur did not write ({', '.join(foreign[:3])}): "
@@ -81,11 +86,18 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _swap(fresh: Path, folder: Path) -> None:
     old = backup(folder)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        fresh.rename(folder)
+    except BaseException:  # interrupted between the two: the old one goes back
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    finally:
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _cannot_write(folder: Path, error: OSError) -> str:

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy import ascontiguousarray, ndarray
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from secateur.errors import DataError
+from secateur.measure.run import batch_of
 from secateur.models.names import import_function
 
 _IMAGE_KEYS = ("images", "image", "x", "inputs")
 _LABEL_KEYS = ("labels", "label", "y", "targets")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
-FORMS = "digits, imagefolder:DIR, npz:FILE, safetensors:FILE, or pkg.mod:function"
+FORMS = "digits, imagefolder:DIR, npz:FILE, safetensors:FILE, pkg.mod:function or file.py:function"
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,11 @@ class Data:
     labelled: bool
 
     def example(self, rows: int = 2) -> tuple[tuple, dict[str, Any]]:
-        """The first `rows` rows of the first training batch, as (args, kwargs) of a model."""
+        """The first `rows` rows of the first training batch, as (args, kwargs) of a model, in memory of their own."""
         batch = next(iter(self.train))
         if isinstance(batch, dict):
-            return (), {k: v[:rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return ((batch[0] if isinstance(batch, (tuple, list)) else batch)[:rows],), {}
+            return (), {k: v[:rows].clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return ((batch[0] if isinstance(batch, (tuple, list)) else batch)[:rows].clone(),), {}
 
 
 def load_data(spec: str, *, batch_size: int = 128, test_share: float = 0.2, seed: int = 0) -> Data:
@@ -58,8 +61,8 @@ def load_data(spec: str, *, batch_size: int = 128, test_share: float = 0.2, seed
 
     `spec` is one of: digits (scikit-learn's 1,797 real handwritten digits, 8x8); imagefolder:DIR (one folder per
     class, images of one size; or DIR/train and DIR/test); npz:FILE or safetensors:FILE (`images` N,H,W or N,H,W,C or
-    N,C,H,W, and `labels`, whole bytes divided by 255); pkg.mod:function (returns (inputs, labels), an iterable of
-    batches, or a `Data`).
+    N,C,H,W, and `labels`, whole bytes divided by 255); pkg.mod:function or file.py:function (returns inputs, (inputs, labels),
+    ((inputs, labels), (inputs, labels)) for training and test, each as tensors or arrays; an iterable of batches, two of them, or a `Data`).
 
     Raises:
         DataError: nothing there, nothing in it, the wrong names or shapes, or numbers that are not finite.
@@ -73,9 +76,13 @@ def load_data(spec: str, *, batch_size: int = 128, test_share: float = 0.2, seed
     elif kind in ("npz", "safetensors") and rest:
         inputs, labels = _arrays(_existing(rest, spec), kind)
     elif rest and kind:
-        made = _called(spec)
+        made = _as_tensors(spec, _called(spec))
         if isinstance(made, Data):
             return made
+        if isinstance(made, Tensor):
+            made = (made, None)
+        if isinstance(made, tuple) and len(made) == 2 and all(map(_is_pair, made)):
+            return _of_pairs(spec, made, batch_size)
         if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Tensor)):
             return _from_batches(spec, made)
         inputs, labels = made
@@ -87,6 +94,23 @@ def load_data(spec: str, *, batch_size: int = 128, test_share: float = 0.2, seed
     return Data(spec, parts[0], parts[1], labels is not None)
 
 
+def rows_of(items: Iterable[Any], first: int, count: int) -> Iterable[Any]:
+    """The rows `first` to `first + count` of a part of a data set, as far as they are there, in batches again."""
+    if isinstance(items, Batches):
+        part = slice(first, first + count)
+        return Batches(items.inputs[part], None if items.labels is None else items.labels[part], items.size)
+    found, seen = [], 0
+    for item in items:
+        n = batch_of((item,))
+        part = slice(max(0, first - seen), max(0, first + count - seen))
+        if part.start < n and part.stop:
+            found.append(tree_map_only(Tensor, lambda t, n=n, part=part: t[part] if t.dim() and len(t) == n else t, item))
+        seen += n
+        if seen >= first + count:
+            break
+    return found
+
+
 def _called(spec: str) -> Any:
     function = import_function(spec, DataError, "--data")
     try:
@@ -95,6 +119,26 @@ def _called(spec: str) -> Any:
     except (Exception, SystemExit) as error:
         raise DataError(f"--data {spec}() failed: {type(error).__name__}: {error}.\n"
                         "  The function is called without arguments; give it defaults.") from error  # fmt: skip
+
+
+def _as_tensors(spec: str, made: Any) -> Any:
+    """Arrays of numpy as tensors."""
+    try:
+        return tree_map_only(ndarray, lambda a: torch.from_numpy(ascontiguousarray(a)), made)
+    except TypeError as error:
+        raise DataError(f"--data {spec} returned an array that is no tensor: {error}.\n  Return numbers.") from error
+
+
+def _is_pair(part: Any) -> bool:
+    """Inputs and labels, as many of each."""
+    return isinstance(part, tuple) and len(part) == 2 and all(isinstance(t, Tensor) and t.dim() for t in part) and len(part[0]) == len(part[1])
+
+
+def _of_pairs(spec: str, parts: Any, batch_size: int) -> Data:
+    for inputs, labels in parts:
+        _check(spec, inputs, labels)
+    train, test = (Batches(inputs, labels, batch_size) for inputs, labels in parts)
+    return Data(spec, train, test, True)
 
 
 def _digits() -> tuple[Tensor, Tensor]:
@@ -218,7 +262,7 @@ def _from_batches(spec: str, made: Any) -> Data:
     parts = [part if hasattr(part, "__len__") else list(part) for part in pair if hasattr(part, "__iter__")]
     if len(parts) != 2:
         raise DataError(f"--data {spec} returned a {type(made).__name__}.\n  Return (inputs, labels), a list of "
-                        "batches, or (train batches, test batches).")  # fmt: skip
+                        "batches such as a DataLoader, or (train batches, test batches).")  # fmt: skip
     first = next(iter(parts[0]), None)
     if first is None:
         raise DataError(f"--data {spec} returned no batches: the data set is empty.\n  Return at least one batch.")

@@ -27,6 +27,7 @@ from secateur.models.atomic import GRAPH, MARK, TENSORS, backup, replace_folder,
 from secateur.models.example import describe, rebuild
 from secateur.models.plan_file import with_bits, without_bits
 from secateur.pack import read_archive, write_archive
+from secateur.pack.archive import is_deflated
 from secateur.plan import Plan
 
 if TYPE_CHECKING:
@@ -134,7 +135,8 @@ def save_trained(saved: Saved, held: Mapping[str, Tensor], folder: str | Path, f
 
     def fill(fresh: Path) -> None:
         packed = document["format"] == PACKED
-        names = _save_tensors(stored, fresh / TENSORS, {aliases.get(n, n) for n in plan.weights} if packed else set(), False)
+        chosen = {aliases.get(n, n) for n in plan.weights} if packed else set()
+        names = _save_tensors(stored, fresh / TENSORS, chosen, is_deflated(saved.folder / TENSORS))  # as it was saved before
         if document["graph"]["carried"]:
             shutil.copyfile(saved.folder / GRAPH, fresh / GRAPH)
         _finish(fresh, {**document, "recovered": dict(facts)}, plan, (stored, aliases, names))

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ def import_function(spec: str, kind: type[SecateurError], option: str) -> Callab
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        names = [n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))]
+        held = {n: value for n, value in vars(module).items() if not n.startswith("_") and callable(value)}
+        own = [n for n, value in held.items() if getattr(value, "__module__", None) == module.__name__] or list(held)
+        names = list(dict.fromkeys([*get_close_matches(name, own), *own]))
         raise kind(f"{place} has no function {name!r}; it has {', '.join(names[:8]) or 'none'}.\n"
                    f"  Write {place}:NAME with one of them.")  # fmt: skip
     return found
@@ -33,6 +36,8 @@ def _from_file(path: Path, spec: str, kind: type[SecateurError]) -> Any:
     description = importlib.util.spec_from_file_location(name, path)
     if description is None or description.loader is None:
         raise kind(f"{spec}: {path} is not a Python file.\n  Give a .py file.")
+    if (beside := str(path.resolve().parent)) not in sys.path:
+        sys.path.insert(0, beside)  # as `python file.py` does: what the file imports from its folder is found
     module = importlib.util.module_from_spec(description)
     sys.modules.setdefault(name, module)  # dataclasses and torch.export look a class's module up by name
     return _executed(lambda: description.loader.exec_module(module), module, spec, kind)  # type: ignore[union-attr]

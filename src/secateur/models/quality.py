@@ -11,23 +11,27 @@ from torch import Tensor, nn
 from secateur.errors import DataError, InputError
 from secateur.measure import at_rest
 from secateur.measure.run import forward
+from secateur.processes import ALONE, Alone, of
 
 
 def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     """The share of rows whose largest output is at their label, in 0..1. `batches` are (inputs, labels).
 
-    The model is left as it was. Raises DataError if the batches have no labels, or no rows.
+    The model is left as it was. Of processes that share the batches each counts its own, and all have the whole. Raises
+    DataError if the batches have no labels, or no rows.
     """
     right = rows = 0
     with at_rest(model):
-        for scores, labels in scored(model, batches):
+        for scores, labels in scored(model, batches, of(batches)):
             right += int((scores.argmax(1) == labels).sum())
             rows += len(labels)
-    return right / rows
+    found = of(batches).total("accuracy", {"right": torch.tensor(right), "rows": torch.tensor(rows)})
+    return int(found["right"]) / int(found["rows"])
 
 
-def scored(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The class scores (rows, classes) and labels (rows,) of every batch of (inputs, labels), both where the scores are.
+def scored(model: nn.Module, batches: Iterable[Any], processes: Alone = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
+    """The class scores (rows, classes) and labels (rows,) of every batch of (inputs, labels), both where the scores are;
+    of several processes each has those of its own batches.
 
     The model is run as it stands: go through it inside `with at_rest(model)`.
 
@@ -36,11 +40,14 @@ def scored(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, T
     """
     rows = 0
     where = next((p for p in model.parameters()), torch.empty(0))
-    for batch in batches:
+    for number, batch in enumerate(batches):
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
             raise DataError("Accuracy needs labels, and these batches have none.\n  Give (inputs, labels).")
         inputs, labels = batch
         if not len(inputs):
+            continue
+        if not processes.mine(number):
+            rows += len(inputs)
             continue
         labels = _whole(labels)
         try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import FormatError
@@ -229,17 +230,23 @@ def exported(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[
     """(the model as a graph that runs for any batch size where it can, else for this one; why there is none)."""
     if isinstance(model, fx.GraphModule):
         return model, ""
+    program, why = captured(model, args, kwargs)
+    return (None if program is None else program.module(check_guards=False)), why
+
+
+def captured(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], lengths: bool = False) -> tuple[ExportedProgram | None, str]:
+    """(the model as an exported program, for any batch size where it can be, else for this one; why there is none). With `lengths` inputs of
+    tokens may have any length too, where that can be."""
     why = "torch.export could not follow it"
-    for doubled, free in ((True, True), (False, True), (False, False)):
+    for doubled, free in (*([(True, 2)] if lengths else []), (True, 1), (False, 1), (False, 0)):
         given = _doubled((args, dict(kwargs))) if doubled else (args, dict(kwargs))
-        shapes = _batch_free(model, given) if free else None
+        shapes = _free(model, given, free) if free else None
         try:
             with evaluating(model):
                 program = torch.export.export(model, given[0], given[1], dynamic_shapes=shapes, strict=False)
-            module = program.module(check_guards=False)
             if doubled:  # a batch of one was widened for the export; it must have come out free
-                _outputs(module, args, kwargs)
-            return module, ""
+                _outputs(program.module(check_guards=False), args, kwargs)
+            return program, ""
         except Exception as error:  # torch.export raises many unrelated types; the last one is kept as the reason
             why = f"torch.export could not follow it: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
     return None, why
@@ -278,9 +285,15 @@ def _doubled(inputs: Any) -> Any:
     return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, inputs)
 
 
-def _batch_free(model: nn.Module, inputs: tuple[tuple, dict]) -> Any:
-    """The first dimension of every input tensor left to torch.export to decide: free if the model allows it."""
-    args, kwargs = tree_map_only(Tensor, lambda t: {0: Dim.AUTO} if t.dim() else None, inputs)
+def _free(model: nn.Module, inputs: tuple[tuple, dict], dims: int) -> Any:
+    """The first dimension of every input tensor left to torch.export to decide: free if the model allows it. With 2 `dims` also the second one
+    of whole numbers, (rows, tokens)."""
+
+    def of(t: Tensor) -> dict[int, Any] | None:
+        tokens = dims == 2 and t.dim() == 2 and not t.is_floating_point()
+        return {dim: Dim.AUTO for dim in range(2 if tokens else 1)} if t.dim() else None
+
+    args, kwargs = tree_map_only(Tensor, of, inputs)
     args, kwargs = tree_map_only((bool, int, float, str), lambda _: None, (args, kwargs))
     names = list(inspect.signature(model.forward).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs} if kwargs else args

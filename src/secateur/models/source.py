@@ -69,6 +69,8 @@ def _build(spec: str) -> LoadedModel:
         return LoadedModel(model, (), spec, kwargs)
     if ":" in spec:
         return _from_factory(spec)
+    if spec.endswith(".py"):
+        raise ModelError(f"{spec!r} names a file and no function in it.\n  Write {spec}:FUNCTION, of a function that builds the model.")
     raise ModelError(f"{spec!r} is no model that secateur knows, and no folder it saved.\n  Write {FORMS}.")
 
 
@@ -80,6 +82,9 @@ def _saved(folder: str, factory: str | None) -> LoadedModel:
 
 def _from_factory(spec: str) -> LoadedModel:
     factory = import_function(spec, ModelError, "MODEL")
+    if isinstance(factory, nn.Module):
+        raise ModelError(f"{spec} is a {type(factory).__name__}, not a function that builds one.\n"
+                         "  Write one, def net(): return ..., and name it: what is built anew is not changed by who had it before.")  # fmt: skip
     try:
         made = factory()
     except (Exception, SystemExit) as error:

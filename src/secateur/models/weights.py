@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,6 +16,15 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from secateur.errors import ModelError
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "ema_state_dict")
+
+
+def fingerprint(facts: Any, tensors: Mapping[str, Tensor]) -> str:
+    """16 hex digits that change with any fact and any number: what was computed from others is not taken for this."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_into(model: nn.Module, path: Path) -> None:

@@ -69,6 +69,16 @@ def read_archive(path: Path) -> dict[str, Tensor]:
     return tensors if said is None else _unpacked(tensors, said, str(path))
 
 
+def is_deflated(path: Path) -> bool:
+    """Whether places are deflated in a file that `write_archive` wrote; it is not read but for its header."""
+    try:
+        with safe_open(path, "pt") as held:
+            said = (held.metadata() or {}).get(KEY)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise FormatError(f"{path} cannot be read: {error}.\n  The file is damaged: save the model again.") from error
+    return said is not None and any("deflated" in header for header in _headers(said, str(path)).values())
+
+
 def _unpacked(tensors: dict[str, Tensor], said: str, path: str) -> dict[str, Tensor]:
     headers = _headers(said, path)
     out, used = dict[str, Tensor](), set[str]()

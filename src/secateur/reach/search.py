@@ -22,6 +22,7 @@ from torch import nn
 from secateur.budget import MeasuredTarget, Reading
 from secateur.errors import InputError, TargetError
 from secateur.plan import Plan
+from secateur.processes import ALONE, Alone
 
 HALVINGS = 24  # of the way between two plans; most need no new measurement
 
@@ -43,6 +44,7 @@ class Options:
         between: `(smaller plan, larger plan, t)` -> a plan between the two, larger with t in 0..1; where what is measured jumps from far
             below the budget to above it, the search ends between the plans on both sides of the jump.
         say: told of every step.
+        processes: of several that search together process 0 alone takes the readings, while the others wait.
     """
 
     rounds: int = 11
@@ -53,6 +55,7 @@ class Options:
     forms: Sequence[Callable[[Plan], Plan]] = ()
     between: Callable[[Plan, Plan, float], Plan] | None = None
     say: Progress | None = None
+    processes: Alone = ALONE
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ class _Search:
     def measure(self, plan: Plan, fraction: float, rounds: int, note: str = "") -> Try:
         begin = time.perf_counter()
         cut_model = self.realise(plan)
-        readings = tuple(read(cut_model, rounds) for read in self.readers)
+        readings = taken(self.readers, cut_model, rounds, self.options.processes)
         for target, reading in zip(self.targets, readings, strict=True):
             target.limit(reading.dense)
         share = max(t.share(r) for t, r in zip(self.targets, readings, strict=True))
@@ -313,6 +316,12 @@ class _Search:
             f"{100 * reading.ratio:.1f} % of the dense model's {worst.figure} ({shown(worst, reading.cut)} of {shown(worst, reading.dense)}).\n"
             f"  The nearest reachable is {worst.figure}={percent}%; ask for that much or more, or drop entries of ignore=."
         )
+
+
+def taken(readers: Sequence[Callable[[nn.Module, int], Reading]], cut_model: nn.Module, rounds: int, processes: Alone) -> tuple[Reading, ...]:
+    """The readings of a cut model, which process 0 takes for all."""
+    own = [asdict(read(cut_model, rounds)) for read in readers] if processes.rank == 0 else []
+    return tuple(Reading(**row) for row in processes.fact("readings", own))
 
 
 def widths(plan: Plan) -> str:

@@ -14,7 +14,8 @@ from secateur.budget.align import align
 from secateur.budget.between import between
 from secateur.errors import TargetError
 from secateur.plan import Cost, Plan
-from secateur.reach.search import Options, reach, row, shown
+from secateur.processes import ALONE, Alone
+from secateur.reach.search import Options, reach, row, shown, taken
 from secateur.surgery import cut
 from secateur.trace import Graph
 
@@ -89,7 +90,7 @@ def achieved(targets: Sequence[Target | MeasuredTarget], before: Cost, after: Co
 
 
 def measured_again(
-    plan: Plan, cut_model: nn.Module, targets: Sequence[Target | MeasuredTarget], model: nn.Module, graph: Graph
+    plan: Plan, cut_model: nn.Module, targets: Sequence[Target | MeasuredTarget], model: nn.Module, graph: Graph, processes: Alone = ALONE
 ) -> Plan:
     """The plan with the achieved figures of `cut_model`, where another form of it than the one now handed out was measured.
 
@@ -100,7 +101,7 @@ def measured_again(
     rows = []
     for t in (t for t in targets if isinstance(t, MeasuredTarget)):
         with t.beside(model, args, kwargs) as read:
-            reading = read(cut_model, Options.final_rounds)
+            (reading,) = taken([read], cut_model, Options.final_rounds, processes)
         rows.append(row(t, reading))
         if t.share(reading) > 1 + Options.accept:
             raise TargetError(

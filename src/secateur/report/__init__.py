@@ -6,8 +6,10 @@
 """
 
 from secateur.report.facts import facts as facts
+from secateur.report.files import put as put
 from secateur.report.files import read as read
 from secateur.report.files import rewrite as rewrite
 from secateur.report.files import write as write
 from secateur.report.hardware import hardware as hardware
 from secateur.report.page import render as render
+from secateur.report.training import carried as carried

@@ -9,6 +9,7 @@ from secateur.report.html import Html, count, element, finite, join, number, siz
 from secateur.report.summary import section, table
 
 HOW = {"attributes": "its own class, tensors and attributes resized", "graph": "the captured graph, rewritten"}
+MASKED = {**HOW, "attributes": "its own class, weights set to zero"}
 
 
 def notes(facts: Mapping[str, Any]) -> Html | None:
@@ -29,7 +30,8 @@ def reproduce(facts: Mapping[str, Any]) -> Html | None:
 def settings(facts: Mapping[str, Any]) -> Html | None:
     elsewhere = {"command", "targets"} if facts.get("targets") else {"command"}
     rows = [[str(name).replace("_", " "), _value(value)] for name, value in (facts.get("settings") or {}).items() if name not in elsewhere]
-    rows += [["handed back as", HOW.get(str(facts["how"]), facts["how"])]] if facts.get("how") else []
+    how = MASKED if any(row.get("figure") == "nonzero" for row in facts.get("cost") or ()) else HOW
+    rows += [["handed back as", how.get(str(facts["how"]), facts["how"])]] if facts.get("how") else []
     rows += [[f"{name} version", value] for name, value in (facts.get("versions") or {}).items()]
     if facts.get("created"):
         when = str(facts["created"])

@@ -25,8 +25,9 @@ class Scale:
     log: bool = False
 
     @classmethod
-    def over(cls, values: Sequence[Any], *, zero: bool = True, log: bool = False) -> Scale:
-        """A scale that holds every finite value. With `log`, logarithmic where they span more than four powers of ten."""
+    def over(cls, values: Sequence[Any], *, zero: bool = True, log: bool = False, most: float = math.inf) -> Scale:
+        """A scale that holds every finite value. With `log`, logarithmic where they span more than four powers of ten. It ends at `most`, where
+        the values do: nobody is right about more than 100 %."""
         known = [float(v) for v in values if finite(v)]
         positive = [v for v in known if v > 0]
         if log and positive and max(positive) > 1e4 * min(positive):
@@ -36,7 +37,7 @@ class Scale:
         if high - low <= 1e-12 * max(abs(high), abs(low)):
             low, high = low - (abs(low) or 1.0) * (0 if zero else 0.1), high + (abs(high) or 1.0) * 0.1
         room = 0.04 * (high - low)
-        return cls(low if zero else low - room, high + room)
+        return cls(low if zero else low - room, high + room if max(known, default=0.0) > most else min(high + room, most))
 
     def at(self, value: float) -> float:
         """0..100; values outside stand at the edge."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,7 +90,8 @@ def pareto(facts: Mapping[str, Any]) -> Html | None:
             for row in held]  # fmt: skip
     heads = ["point", "of dense", "MACs", "parameters", "time", "accuracy", "KL"]
     return section("pareto", "Pareto front", chart, table(heads, rows, "Every point of the sweep", "stack"),
-                   lead="What each budget costs in quality. KL is the divergence from the dense model's output.")  # fmt: skip
+                   lead="What each budget costs in quality. The line joins those that no cheaper one equals. KL is the divergence from the dense "
+                        "model's output.")  # fmt: skip
 
 
 def _front(points: list[Mapping[str, Any]], across: str, up: str) -> Html:
@@ -99,11 +101,27 @@ def _front(points: list[Mapping[str, Any]], across: str, up: str) -> Html:
            "kl": ("KL, lower is better", error_text, error_text)}  # fmt: skip
     (x_label, x_text, x_tick), (y_label, y_text, y_tick) = names[across], ups[up]
     x = Axis(Scale.over([row[across] for row in points]), x_tick, x_label)
-    y = Axis(Scale.over([row[up] for row in points], zero=up == "kl", log=up == "kl"), y_tick, y_label)
-    dots = [charts.dot((row[across], row[up]), x, y, f"{row.get('label')}: {x_text(row[across])}, {up} {y_text(row[up])}",
-                       "c1 chosen" if row.get("chosen") else "c0") for row in points]  # fmt: skip
-    line = charts.curve([(row[across], row[up]) for row in points], x, y, "line c0 d0")
+    y = Axis(Scale.over([row[up] for row in points], zero=up == "kl", log=up == "kl", most=math.inf if up == "kl" else 1.0), y_tick, y_label)
+    front = unbeaten([(row[across], row[up]) for row in points], up == "accuracy")
+    dots = []
+    for row in points:
+        place = (row[across], row[up])
+        words = f"{row.get('label')}: {x_text(row[across])}, {up} {y_text(row[up])}"
+        words += "" if place in front else "; another point costs less and is as good"
+        dots.append(charts.dot(place, x, y, words, "c1 chosen" if row.get("chosen") else "c0" if place in front else "beaten"))
+    line = charts.curve(front, x, y, "line c0 d0")
     return charts.plot(x, y, [line, *dots], f"{y_label}, against {x_label}, {len(points)} points; arrow keys move from point to point")
+
+
+def unbeaten(points: list[tuple[float, float]], more: bool) -> list[tuple[float, float]]:
+    """Of points by rising cost those that are better than every cheaper one; `more`: a higher value is better."""
+    front: list[tuple[float, float]] = []
+    for cost, value in points:
+        if not front or (value > front[-1][1] if more else value < front[-1][1]):
+            if front and front[-1][0] == cost:
+                front.pop()
+            front.append((cost, value))
+    return front
 
 
 # ---------------------------------------------------------------- latency

@@ -17,12 +17,16 @@ means: not measured. Shares, accuracies and errors are fractions (0.5, not 50), 
 | `latency` | rows of `runtime`, `threads`, `batch`, `dtype`, `dense`, `pruned`, `ratio` = pruned / dense, `speedup` = 1 / ratio |
 | | where `dense` and `pruned` hold `samples`, `rounds`, `median`, and the quartiles `low` and `high`; a ratio that is given |
 | | (of paired rounds) stays, else it is that of the medians |
+| `energy` | of one call: `kind` (measured, estimate), `source`, `leaves_out`, `dense` and `pruned` (`joules`, ...), `share` = pruned / dense |
 | `groups` | rows of `name`, `kind`, `before`, `after`, `share`; where known `macs_saved`, `params_saved` |
 | `cut_groups` | how many `groups` there are (`all`) and how many of them lost units (`cut`) |
 | `frozen` | rows of `reason`, `axes` (how many), `sizes`, `where` (examples) |
 | `repairs` | rows of `layer`, `kind`, `rows`, `error_cut`, `error_repaired`, `held_out`, `used`, `kept_plain` (why, or null) |
+| `training` | `epochs`, `steps` of the optimizer in all, `done` (0..1), `left` (seconds), and `rows` of `epoch`, `step`, `lr`, `loss`, `seconds` |
+| | (so far), where measured `valid_loss` and `valid` (accuracy) |
 | `sensitivity` | rows of `group`, `kind`, `points`: rows of `kept` (share of units), `macs`, `error`, and at a few `divergence` |
 | `pareto` | rows of `label`, `macs`, `params`, `seconds`, `accuracy`, `kl`, `share` of the dense MACs, `chosen` |
+| `advice` | what `secateur advise` found (docs/how-to/advise.md): `metric`, `held_out`, `dense`, `rows`, `verdict` |
 | `proof` | `max_error`, `tolerance`, `passed`, `all_zero` |
 | `notes` | sentences |
 """
@@ -43,8 +47,8 @@ from secateur.report.hardware import hardware
 
 FORMAT = "secateur-report/1"
 SECTIONS = (
-    "format model created versions how settings hardware batch cost targets accuracy latency groups cut_groups frozen repairs "
-    "sensitivity pareto proof notes"
+    "format model created versions how settings hardware batch cost targets accuracy latency energy groups cut_groups frozen repairs training "
+    "sensitivity pareto advice proof notes"
 ).split()
 MEASURED_WITHIN = 1.05  # how far above its budget a target that was measured still counts as reached
 EXAMPLES = 5  # places named for one reason to freeze; a large network has thousands
@@ -124,7 +128,7 @@ def _of(done: Any) -> dict[str, Any]:
     sheet["settings"] = {name: value for name, value in why.items() if name not in ("limits", "achieved", "trail")}
     sheet["groups"] = _groups(result, rows) if hasattr(result, "plan") else [_group(row) for row in rows]
     sheet["frozen"] = frozen_rows(getattr(getattr(result, "graph", None), "frozen", ()))
-    sheet["accuracy"] = _stages(known.get("accuracy"), known.get("repairs") or getattr(result, "repairs", None))
+    sheet["accuracy"] = _stages(known.get("accuracy"), known.get("repairs") or known.get("masks") or getattr(result, "repairs", None))
     if getattr(result, "repairs", None) and "repairs" not in sheet:
         sheet["repairs"] = list(result.repairs)
     if known.get("masks"):  # single weights: what became of each layer reads like a repair
@@ -261,6 +265,10 @@ def _side(given: Any) -> dict[str, Any]:
     return side
 
 
+def _energy(given: Mapping[str, Any], sheet: Mapping[str, Any]) -> dict[str, Any]:
+    return {"share": ratio(given["pruned"].get("joules"), given["dense"].get("joules")), **given}
+
+
 def _group_rows(rows: Any, sheet: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"share": ratio(row.get("after"), row.get("before")), **row} for row in rows]
 
@@ -270,7 +278,14 @@ def _pareto_rows(rows: Any, sheet: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"share": ratio(row.get("macs"), dense), **row} for row in rows]
 
 
+def _training(given: Mapping[str, Any], sheet: Mapping[str, Any]) -> dict[str, Any]:
+    """With how far it is, 0..1, and the seconds that are left at the pace so far."""
+    last = given["rows"][-1] if given.get("rows") else {"step": 0, "seconds": 0.0}
+    done = ratio(last["step"], given.get("steps"))
+    return {"done": done, "left": last["seconds"] * (1 - done) / done if done else None, **given}
+
+
 _COMPLETE = {  # in this order: targets and pareto read the completed cost
-    "cost": _cost_rows, "targets": _target_rows, "accuracy": _accuracy, "latency": _timed, "groups": _group_rows,
-    "repairs": _repair_rows, "pareto": _pareto_rows,
+    "cost": _cost_rows, "targets": _target_rows, "accuracy": _accuracy, "latency": _timed, "energy": _energy,
+    "groups": _group_rows, "repairs": _repair_rows, "pareto": _pareto_rows, "training": _training,
 }  # fmt: skip

@@ -23,7 +23,7 @@ def write(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     folder, facts = Path(folder), plain(facts)
     page = render(facts)
     text = json.dumps(facts, indent=1, allow_nan=False) + "\n"
-    _put(folder, {REPORT_FACTS: text, REPORT_PAGE: page})
+    put(folder, {REPORT_FACTS: text, REPORT_PAGE: page})
     return folder / REPORT_PAGE
 
 
@@ -52,12 +52,12 @@ def rewrite(path: str | Path) -> Path:
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    _put(folder, {REPORT_PAGE: render(read(path))})
+    put(folder, {REPORT_PAGE: render(read(path))})
     return folder / REPORT_PAGE
 
 
-def _put(folder: Path, texts: Mapping[str, str]) -> None:
-    """Each text into its file. The temporary names lie outside, so that an interrupted folder holds nothing foreign."""
+def put(folder: Path, texts: Mapping[str, str]) -> None:
+    """Each text into its file of `folder`. The temporary names lie outside, so that an interrupted folder holds nothing foreign."""
     fresh = {name: folder.resolve().parent / f".{folder.resolve().name}.{name}-{os.getpid()}" for name in texts}
     try:
         folder.mkdir(parents=True, exist_ok=True)

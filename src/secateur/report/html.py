@@ -7,6 +7,8 @@ import math
 import re
 from typing import Any, TypeGuard
 
+from secateur import figures
+
 VOID = {"meta", "input", "br", "rect", "circle", "line", "polyline", "path"}  # written without an end tag, SVG's with a slash
 MISSING = "not measured"
 
@@ -102,6 +104,10 @@ def seconds_text(value: Any) -> str:
     return f"{value * 1e6:.1f} µs"
 
 
+def joules_text(value: Any) -> str:
+    return figures.joules(value) if finite(value) else MISSING
+
+
 def seconds_tick(value: float) -> str:
     """A round number of seconds, as an axis has it."""
     for unit, letter in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
@@ -130,6 +136,10 @@ def size(value: Any) -> Html:
 
 def seconds(value: Any) -> Html:
     return number(value, seconds_text(value))
+
+
+def joules(value: Any) -> Html:
+    return number(value, joules_text(value))
 
 
 def percent(value: Any) -> Html:

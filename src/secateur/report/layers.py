@@ -10,6 +10,7 @@ from secateur.report.html import Html, count, element, error, error_text, finite
 from secateur.report.summary import section, table
 
 MOST_SHOWN = 30  # rows of a table before the rest is folded away
+USUAL = (None, "least squares", "fit")  # needs no note
 FILTER_FROM = 12  # rows from which a box to search them is worth its place
 
 
@@ -20,11 +21,14 @@ def widths(facts: Mapping[str, Any]) -> Html | None:
     most = max((row["before"] for row in groups or () if finite(row.get("before"))), default=1) or 1
     rows = [_width(row, most) for row in groups or ()]
     held = facts.get("cut_groups") or {}
-    lead = join(count(held["cut"]), " of ", count(held["all"]), " groups lost units. A group is the units that can only go together: ",
-                "a filter with its BatchNorm and what reads it, a head, a neuron.") if finite(held.get("all")) else None  # fmt: skip
+    uncut = held.get("cut") == 0 and not facts.get("proof")  # nothing was to be cut: what `secateur inspect` found
+    every, cut = count(held.get("all")), count(held.get("cut"))
+    begin = join(every, " groups. ") if uncut else join(cut, " of ", every, " groups lost units. ")
+    lead = join(begin, "A group is the units that can only go together: a filter with its BatchNorm and what reads it, a head, a neuron.")
+    lead = lead if finite(held.get("all")) else None
     heads = ["group", "kind", "", "units", "kept"]
     body = folding("widths", table(heads, rows, "Units per group before and after", "widths"), len(rows), "groups") if rows else None
-    return section("layers", "Widths", key() if rows else None, body, _frozen(facts), lead=lead)
+    return section("layers", "Widths", key() if rows and not uncut else None, body, _frozen(facts), lead=lead)
 
 
 def key() -> Html:
@@ -75,7 +79,8 @@ def repairs(facts: Mapping[str, Any]) -> Html | None:
     errors = [row.get(name) for row in held for name in ("error_cut", "error_repaired")]
     most = max((value for value in errors if finite(value)), default=1.0) or 1.0
     rows = [_repair(row, most) for row in held]
-    heads = ["layer", "kind", "", "plain cut", "repaired", "rows", "note"]
+    kind = "kind" if any(row.get("kind") for row in held) else ""
+    heads = ["layer", kind, "", "plain cut", "repaired", "rows", "note"]
     lead = ("How far each layer's output is from the dense model's, relative to it: after the plain cut, and after the closed-form repair. "
             "Errors are on rows held out of the fit; a layer where the repair would hurt there keeps its plain cut.")  # fmt: skip
     marks = element("p", element("span", "", class_="key ring"), " plain cut ", element("span", "", class_="key disc"), " repaired", class_="keys")
@@ -88,7 +93,7 @@ def _repair(row: Mapping[str, Any], most: float) -> list[Any]:
     scaled = [value / most if finite(value) else None for value in (cut, repaired)]
     words = f"{row.get('layer')}: error {error_text(cut)} plainly cut, {error_text(repaired)} repaired"
     branch = row.get("used") == "gauss-newton"
-    notes = [f"{row['used']} used"] if row.get("used") not in (None, "least squares") and not branch else []
+    notes = [f"{row['used']} used"] if row.get("used") not in USUAL and not branch else []
     notes += ["fitted as a whole; before that its layers one by one"] if branch else []
     notes += [str(row["kept_plain"])] if row.get("kept_plain") else []
     notes += ["on the rows it was fitted to"] if row.get("held_out") is False else []

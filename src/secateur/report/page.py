@@ -11,17 +11,22 @@ from importlib.resources import files
 from typing import Any
 
 from secateur.errors import FormatError
-from secateur.report import about, curves, layers, summary
+from secateur.report import about, advice, curves, layers, summary, training
 from secateur.report.facts import FORMAT, plain
 from secateur.report.html import Html, element, join, raw
 
 SECTIONS = (
-    ("Before and after", "cost", summary.costs), ("Targets", "targets", summary.targets), ("Accuracy", "accuracy", summary.accuracy),
+    ("Advice", "advice", advice.advice),
+    ("Cost", "cost", summary.costs), ("Targets", "targets", summary.targets), ("Accuracy", "accuracy", summary.accuracy),
+    ("Training", "training", training.training),
     ("Latency", "latency", curves.latency), ("Widths", "layers", layers.widths), ("Repair", "repairs", layers.repairs),
     ("Sensitivity", "sensitivity", curves.sensitivity), ("Pareto", "pareto", curves.pareto), ("Proof", "proof", summary.proof),
     ("Notes", "notes", about.notes), ("Again", "reproduce", about.reproduce), ("Settings", "settings", about.settings),
     ("Hardware", "hardware", about.hardware),
 )  # fmt: skip
+
+
+ANEW = 10  # seconds after which the page of a training that is not through loads itself anew
 
 
 def render(facts: Mapping[str, Any]) -> str:
@@ -62,6 +67,7 @@ def _head(facts: Mapping[str, Any]) -> Html:
         element("meta", http_equiv="Content-Security-Policy", content=rule),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
+        element("meta", http_equiv="refresh", content=str(ANEW)) if training.running(facts) else None,
         element("title", f"{facts.get('model') or 'Pruned model'} · secateur report"),
         element("style", raw(style)),
     )  # fmt: skip

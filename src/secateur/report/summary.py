@@ -15,6 +15,7 @@ from secateur.report.html import (
     error,
     finite,
     join,
+    joules,
     number,
     percent,
     percent_text,
@@ -33,7 +34,7 @@ FIGURES = {  # figure: its name, how it reads as an element and as text
     "seconds": ("latency", seconds, seconds_text),
 }  # fmt: skip
 STAGES = {
-    "dense": "dense", "cut": "as cut", "batch_norm": "BatchNorm re-estimated", "repaired": "repaired", "trained": "fine-tuned",
+    "dense": "dense", "cut": "as cut", "batch_norm": "BatchNorm re-estimated", "repaired": "repaired", "pruned": "pruned", "trained": "trained back",
 }  # fmt: skip
 
 
@@ -70,11 +71,13 @@ def header(facts: Mapping[str, Any]) -> Html:
     good = proof.get("passed", True) and False not in met
     words = "proven" if proof.get("passed") and good else "not proven" if proof.get("passed") is False else "target missed" if not good else "report"
     badge = element("span", element("span", "✓" if good else "!", aria_hidden="true"), " ", words, class_=f"badge {'good' if good else 'bad'}")
-    tiles = [_tile(row) for row in facts.get("cost") or ()] + _tiles_measured(facts)
+    costs = list(facts.get("cost") or ())
+    changed = [row for row in costs if row.get("share") != 1]  # single weights that are zeroed leave all other figures as they are
+    tiles = [_tile(row) for row in changed or costs] + _tiles_measured(facts)
     return element(
         "header",
         element("p", "secateur report", class_="brand"),
-        element("h1", facts.get("model") or "A pruned model", " ", badge),
+        element("h1", facts.get("model") or "A pruned model", *((" ", badge) if words != "report" else ())),
         element("p", verdict(facts), class_="verdict"),
         element("ul", tiles, class_="tiles") if tiles else None,
     )  # fmt: skip
@@ -93,7 +96,7 @@ def verdict(facts: Mapping[str, Any]) -> Html:
     if len(stages) > 1:
         first, last = stages[0], stages[-1]
         metric = facts["accuracy"].get("metric") or "accuracy"
-        parts.append(join("has ", percent(last["value"]), f" {metric} where the dense model has " if first["stage"] == "dense" else " after ",
+        parts.append(join("has ", percent(last["value"]), f" {metric} where {'the dense model has' if first['stage'] == 'dense' else 'it had'} ",
                           percent(first["value"])))  # fmt: skip
     fast = next((row for row in facts.get("latency") or () if finite(row.get("speedup"))), None)
     if fast is not None:
@@ -112,6 +115,8 @@ def verdict(facts: Mapping[str, Any]) -> Html:
 
 def _of_many(facts: Mapping[str, Any]) -> Html:
     """A report of no single cut: a sweep, or the sensitivity of the groups."""
+    if advised := (facts.get("advice") or {}).get("verdict"):
+        return join(" ".join(advised))
     cuts = [row["share"] for row in facts.get("pareto") or () if finite(row.get("share")) and row["share"] < 1]
     if cuts:
         between = join("from ", percent(min(cuts)), " to ", percent(max(cuts))) if len(cuts) > 1 else join("at ", percent(cuts[0]))
@@ -124,6 +129,8 @@ def _tile(row: Mapping[str, Any]) -> Html:
     name, form, text = figure(row.get("figure"))
     dense, pruned, share = row.get("dense"), row.get("pruned"), row.get("share")
     words = f"{name}: {text(dense)} dense, {text(pruned)} pruned"
+    if pruned is None:
+        return element("li", element("h3", name), element("p", form(dense), class_="big"))
     return element("li", element("h3", name), element("p", percent(share), class_="big"), charts.bar(share, words),
                    element("p", form(dense), " → ", form(pruned), class_="small"))  # fmt: skip
 
@@ -159,12 +166,20 @@ def costs(facts: Mapping[str, Any]) -> Html | None:
     for row in facts.get("latency") or ():
         rows.append([f"median time, {row.get('runtime', '')}", seconds(row["dense"].get("median")),
                      seconds(row["pruned"].get("median")), percent(row.get("ratio"))])  # fmt: skip
+    used = facts.get("energy")
+    said = None
+    if used:
+        sides = [joules(used[side].get("joules")) for side in ("dense", "pruned")]
+        rows.append([f"energy, {used.get('kind')}", *sides, percent(used.get("share"))])
+        said = element("p", f"Energy of one call: {used.get('source')}. Not in it: {used.get('leaves_out')}.", class_="lead small")
     if not rows:
         return None
     batch = facts.get("batch")
     lead = join("Multiply-accumulates are those of one call with a batch of ", number(batch, f"{batch}"), ".") if finite(batch) else None
+    if not facts.get("latency") and not used and all(row.get("pruned") is None for row in facts["cost"]):
+        return section("cost", "Cost", table(["", "dense"], [row[:2] for row in rows], "Cost of the dense model"), lead=lead)
     body = table(["", "dense", "pruned", "of dense"], rows, "Cost of the dense and of the pruned model", "three")
-    return section("cost", "Before and after", body, lead=lead)
+    return section("cost", "Before and after", body, said, lead=lead)
 
 
 def targets(facts: Mapping[str, Any]) -> Html | None:
@@ -214,6 +229,6 @@ def proof(facts: Mapping[str, Any]) -> Html | None:
     word = join(element("span", "✓ " if passed else "! ", class_="yes" if passed else "no", aria_hidden="true"),
                 "The proof passed." if passed else "The proof did not pass.")  # fmt: skip
     zero = " Every output was zero on these inputs, so the comparison saw nothing." if held.get("all_zero") else ""
-    lead = "The cut model was run beside the original with the removed units masked, both in float64, before any repair." + zero
+    lead = "The pruned model was run beside the original with the same units or weights masked, both in float64, before any repair." + zero
     rows = [["largest relative deviation", error(held.get("max_error"))], ["accepted at most", error(held.get("tolerance"))]]
     return section("proof", "Proof", element("p", word, class_="strong"), table(["", "value"], rows, "The proof in numbers", "facts"), lead=lead)
