@@ -144,6 +144,38 @@ def regularised(data: dict[str, Any]) -> Rows:
     yield f"pruning as a regulariser, points of test accuracy, 95 % intervals over {data['seeds']} seeds", "; ".join(cells)
 
 
+def exported(data: dict[str, Any]) -> Rows:
+    """benchmarks/results/export.json: half of the MACs in other runtimes; of the ways of cutting the quickest."""
+    best: dict[tuple[str, str], float] = {}
+    for row in data["rows"]:
+        if "speedup" in row:
+            key = row["network"], row["runtime"].split()[0]
+            best[key] = max(best.get(key, 0.0), row["speedup"])
+    cells = []
+    for name in dict.fromkeys(network for network, _ in best):
+        cells.append(f"{name}: " + ", ".join(f"{runtime} **{up:.1f}**" for (network, runtime), up in best.items() if network == name))
+    worst = max(row["deviation"] for row in data["rows"] if "deviation" in row)
+    yield f"half of the MACs, exported, batch 1, one thread: times as fast as dense; largest deviation {worst:.0e}", "; ".join(cells)
+
+
+def quantised(data: dict[str, Any]) -> Rows:
+    """benchmarks/results/quantise.json: dense, pruned, and both in int8."""
+    cells = []
+    for found in data["rows"]:
+        each = []
+        for row in found["rows"]:
+            accuracy = f"{100 * row['accuracy']:.1f} %, " if row["accuracy"] is not None else ""
+            each.append(f"{row['name']} {accuracy}{1e3 * row['seconds']['median']:.2f} ms, {row['bytes'] / 1e6:.2f} MB")
+        cells.append(f"{found['model']}, {found['runtime'].split()[0]}: " + ", ".join(each))
+    yield "int8 beside half of the MACs (no training), one thread", "; ".join(cells)
+
+
+def blockwise(rows: list[dict[str, Any]]) -> Rows:
+    """benchmarks/results/blocks.json: blocks trained to give what the dense ones give."""
+    cells = [f"{row['task']} {row['start']} {row['without']:.2f} -> **{row['with']:.2f}**" for row in rows]
+    yield "block by block towards the dense network, without labels (1 seed; top-1 or perplexity)", "; ".join(cells)
+
+
 SOURCES: dict[str, tuple[str, Callable[[Any], Rows]]] = {
     "zoo.json": ("make zoo", coverage),
     "speed.json": ("make bench", speed),
@@ -151,6 +183,9 @@ SOURCES: dict[str, tuple[str, Callable[[Any], Rows]]] = {
     "sparse_models.json": ("python -m benchmarks.sparse_models", networks),
     "generalise.json": ("python -m benchmarks.generalise", regularised),
     "recover.json": ("python -m benchmarks.recover", recovered),
+    "blocks.json": ("python -m benchmarks.blocks", blockwise),
+    "export.json": ("python -m benchmarks.export", exported),
+    "quantise.json": ("python -m benchmarks.quantise", quantised),
 }
 
 

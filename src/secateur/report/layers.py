@@ -24,8 +24,8 @@ def widths(facts: Mapping[str, Any]) -> Html | None:
     uncut = held.get("cut") == 0 and not facts.get("proof")  # nothing was to be cut: what `secateur inspect` found
     every, cut = count(held.get("all")), count(held.get("cut"))
     begin = join(every, " groups. ") if uncut else join(cut, " of ", every, " groups lost units. ")
-    lead = join(begin, "A group is the units that can only go together: a filter with its BatchNorm and what reads it, a head, a neuron.")
-    lead = lead if finite(held.get("all")) else None
+    what = join(begin, "A group is the units that can only go together: a filter with its BatchNorm and what reads it, a head, a neuron.")
+    lead = what if finite(held.get("all")) else None
     heads = ["group", "kind", "", "units", "kept"]
     body = folding("widths", table(heads, rows, "Units per group before and after", "widths"), len(rows), "groups") if rows else None
     return section("layers", "Widths", key() if rows and not uncut else None, body, _frozen(facts), lead=lead)
