@@ -69,11 +69,17 @@ def tree(path):
 
 
 # ---------------------------------------------------------------- stopped
+def heard():
+    """In a new process: SIGINT is no longer passed over, as it is below a shell that put the tests into the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stopped(folder, factory, number, *arguments):
     """Run `prune` until the factory says "now", send the signal twice, and return the exit code and what stood on standard error."""
     command = [*SECATEUR, "prune", f"my.py:{factory}", "--at-most", "macs=60%", *arguments]
     surroundings = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    with subprocess.Popen(command, cwd=folder, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=surroundings, preexec_fn=heard, **pipes) as process:
         for line in process.stderr:
             if line == "now\n":
                 break
@@ -111,7 +117,7 @@ def test_it_can_be_stopped_while_torch_is_imported(number, folder):
     (folder / "torch").mkdir()
     (folder / "torch" / "__init__.py").write_text("import sys, time\nprint('now', file=sys.stderr, flush=True)\ntime.sleep(60)\n")
     surroundings = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    with subprocess.Popen([*BEGIN, "demo"], env=surroundings, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*BEGIN, "demo"], env=surroundings, preexec_fn=heard, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr.readline() == "now\n"
         process.send_signal(number)
         assert process.stderr.read() == ("secateur: interrupted\n" if number == signal.SIGINT else "secateur: terminated\n")
@@ -123,7 +129,8 @@ def test_a_second_signal_later_is_heard(monkeypatch):
     from secateur import endings
 
     monkeypatch.setattr(endings, "_AGAIN", 0.0)
-    heard = []
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
+    caught = []
 
     def stubborn():
         for _ in range(2):
@@ -131,13 +138,16 @@ def test_a_second_signal_later_is_heard(monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(5)
             except KeyboardInterrupt:
-                heard.append(1)
+                caught.append(1)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    assert ending(stubborn) == 130 and heard == [1, 1]
+    assert ending(stubborn) == 130 and caught == [1, 1]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers, "handlers are put back"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert ending(lambda: os.kill(os.getpid(), signal.SIGINT)) == 0, "what a shell made ignored stays so, as below nohup"
+    signal.signal(signal.SIGINT, outside)
 
 
 def test_it_runs_in_a_thread_too(capsys):

@@ -75,25 +75,26 @@ def _cast(model: nn.Module, data: Data) -> Data:
 
 def printed(name: str, done: Quantised, folder: str) -> None:
     """One row for every model and precision, and what that means."""
+    first, console = done.rows[0], terminal.out()
+    labelled, against = first.accuracy is not None, first.accuracy is None and first.against_dense is not None
+    sparse = any(row.zeros >= 0.05 * row.weights for row in done.rows)
     table = terminal.Table("", title=f"{name}: int8 by {done.how.runtime}, {done.how.kind}", title_justify="left")
-    labelled, against = done.rows[0].accuracy is not None, done.rows[0].against_dense is not None
-    heads = [*(["accuracy"] if labelled else []), "off its float32", *(["off the dense"] if against else [])]
-    for head in [*heads, "bytes", "of it", "latency", "of it", "zeros"]:
+    optional = [("accuracy", labelled), ("error", True), ("to dense", against)]
+    for head in [*(head for head, shown in optional if shown), "bytes", "of it", "latency", "of it", *(["zeros"] if sparse else [])]:
         table.add_column(head, justify="right")
-    first = done.rows[0]
     for row in done.rows:
         cells = [percent(row.accuracy)] if row.accuracy is not None else []
         cells += [percent(row.error) if row.int8 else ""]
-        cells += [percent(row.against_dense)] if row.against_dense is not None else []
-        cells += [size(row.bytes), percent(row.bytes / first.bytes), seconds(row.seconds.median), percent(row.ratio)]
-        table.add_row(row.name, *cells, percent(row.zeros / max(1, row.weights)))
-    timed = first.seconds
-    table.caption = (
-        f"latency: {done.runtime}, batch of {timed.batch}, {timed.threads} threads, medians of {timed.rounds} rounds in turns; calibrated on "
-        f"{done.calibration_rows} training rows, measured on {done.test_rows} test rows"
-    )
-    console = terminal.out()
+        cells += [percent(row.against_dense)] if against and row.against_dense is not None else []
+        cells += [size(row.bytes), f"{row.bytes / first.bytes:.0%}", seconds(row.seconds.median), f"{row.ratio:.0%}"]
+        table.add_row(row.name, *cells, *([f"{row.zeros / max(1, row.weights):.0%}"] if sparse else []))
     console.print(table)
+    timed = first.seconds
+    console.print(
+        f"error: how far outputs are from those of the same model in float32{'; to dense: from those of the dense model' if against else ''}\n"
+        f"latency: {done.runtime}, batch of {timed.batch}, {timed.threads} threads, medians of {timed.rounds} rounds in turns\n"
+        f"calibrated on {done.calibration_rows} training rows, measured on {done.test_rows} test rows", markup=False,
+    )  # fmt: skip
     for text in done.verdict:
         console.print(text, markup=False)
     for text in done.warnings:
