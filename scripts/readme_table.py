@@ -166,7 +166,7 @@ def quantised(data: dict[str, Any]) -> Rows:
         for row in found["rows"]:
             accuracy = f"{100 * row['accuracy']:.1f} %, " if row["accuracy"] is not None else ""
             each.append(f"{row['name']} {accuracy}{1e3 * row['seconds']['median']:.2f} ms, {row['bytes'] / 1e6:.2f} MB")
-        cells.append(f"{found['model']}, {found['runtime'].split()[0]}: " + ", ".join(each))
+        cells.append(f"{found['model']}, {found['runtime'].split()[0]}, {found['kind']}: " + ", ".join(each))
     yield "int8 beside half of the MACs (no training), one thread", "; ".join(cells)
 
 
