@@ -157,15 +157,15 @@ def test_the_legend_shows_and_hides_lines(browser, pages):
     browser.open(pages["full"])
     seen = "[...document.querySelectorAll('#curves g[data-series]')].filter(g => getComputedStyle(g).display !== 'none').length"
     assert browser.run(seen) == 8
-    browser.click(".legend button[data-series='0']")
+    browser.click(".legend[data-for=curves] button[data-series='0']")
     assert browser.run(seen) == 7
-    assert browser.run("document.querySelector(\".legend button[data-series='0']\").getAttribute('aria-pressed')") == "false"
-    browser.run("document.querySelector(\".legend button[data-series='20']\").focus()")
+    assert browser.run("document.querySelector(\".legend[data-for=curves] button[data-series='0']\").getAttribute('aria-pressed')") == "false"
+    browser.run("document.querySelector(\".legend[data-for=curves] button[data-series='20']\").focus()")
     browser.key(" ", 32)
     assert browser.run(seen) == 8
-    browser.click(".legend button[data-every='none']")
+    browser.click(".legend[data-for=curves] button[data-every='none']")
     assert browser.run(seen) == 0
-    browser.click(".legend button[data-every='all']")
+    browser.click(".legend[data-for=curves] button[data-every='all']")
     assert browser.run(seen) == 27
 
 
