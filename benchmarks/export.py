@@ -6,7 +6,7 @@ the same way: batch of one, one thread, rounds in turns. Rows that `results/expo
 
 Ways of cutting: `uniform`, the same share everywhere; `16`, widths in multiples of 16 channels, which is the block that ONNX Runtime pads
 convolutions to with AVX-512 (8 with AVX2); `16, blocks`, where whole residual blocks may go too: a stage of 16 channels has nothing else to
-give there; `blocks`, whole blocks alone. ONNX is measured for every way, the other formats for the last one named for a network.
+give there; `blocks`, whole blocks alone; `inner`, heads and hidden neurons alone, the same share everywhere, as a plain configuration can say. ONNX is measured for every way, the other formats for the last one named for a network.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ NETWORKS = {
     "resnet56": Network(resnet56, ("uniform", "blocks", "16, blocks")),
     "resnet50": Network(the_resnet50, ("uniform", "16")),
     "minilm": Network(minilm, formats=FOR_HF),
-    "llama": Network(llama, formats=FOR_HF),
+    "llama": Network(llama, ("inner",), FOR_HF),
 }
 
 
@@ -110,6 +110,10 @@ class Cuts:
     def plan(self, way: str) -> sc.Plan:
         if way == "uniform":
             return self._planned(self.widths, HALF, "uniform")
+        if way == "inner":  # not the stream, and not the channels of a head
+            stays = ("o_proj:out", "q_proj:out.2", "value_dim")
+            scores = {n: torch.full_like(s, torch.inf) if n.endswith(stays) else s for n, s in self.widths.items()}
+            return self._planned(scores, HALF, "uniform")
         if way == "blocks":
             return self._planned({**{n: torch.full_like(s, torch.inf) for n, s in self.widths.items()}, **self.depth}, HALF)
         scores = {**self.widths, **self.depth} if "blocks" in way else self.widths

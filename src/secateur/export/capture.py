@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,12 +25,12 @@ _OPERATOR = re.compile(r"\b(aten|torchvision|secateur)(?:::|\.|_)(\w+)")
 
 @dataclass(frozen=True)
 class Captured:
-    """An exported program, the names of its inputs in order, whether its batch is free, and whether the length of token inputs is."""
+    """An exported program, the names of its inputs in order, whether its batch is free, and how long rows of tokens may be (0: as they are)."""
 
     program: ExportedProgram
     inputs: tuple[str, ...]
     dynamic: bool
-    lengths: bool
+    lengths: float
     name: str
 
 
@@ -43,30 +44,39 @@ def capture(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = No
     """
     args, kwargs = inputs_on(model, args, kwargs)
     exportable(model)
-    if fixed:
-        program = export(model, args, kwargs)
-    else:
-        found, why = free(model, args, kwargs, lengths=True)
-        if found is None:
-            raise CaptureError(
-                f"{type(model).__name__} could not be captured: {why}.\n  Check that it runs on these inputs, or export a part that can be."
-            )
-        program = found
+    hook = model.register_forward_hook(lambda module, given, output: plain(output))
+    try:
+        found, why = (export(model, args, kwargs), "") if fixed else free(model, args, kwargs, lengths=True)
+    finally:
+        hook.remove()
+    if found is None:
+        raise CaptureError(
+            f"{type(model).__name__} could not be captured: {why}.\n  Check that it runs on these inputs, or export a part that can be."
+        )
+    return _described(found, type(model).__name__)
+
+
+def plain(output: Any) -> Any:
+    """Outputs of a class of its own as a dictionary: whoever loads the program would have to have that class."""
+    return dict(output) if isinstance(output, Mapping) and type(output) is not dict else output
+
+
+def _described(program: ExportedProgram, name: str) -> Captured:
     nodes = {node.name: node for node in program.graph.nodes}
     specs = [spec for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
     values = [(nodes[spec.arg.name], nodes[spec.arg.name].meta.get("val")) for spec in specs if spec.arg.name in nodes]
     tensors = [(node, value) for node, value in values if isinstance(value, Tensor)]
-    dynamic = any(value.dim() and _is_free(value.shape[0], program) for _, value in tensors)
-    lengths = any(value.dim() == 2 and not value.is_floating_point() and _is_free(value.shape[1], program) for _, value in tensors)
-    return Captured(program, tuple(node.name for node, _ in tensors), dynamic, lengths, type(model).__name__)
+    dynamic = any(value.dim() and _most(value.shape[0], program) > 2**31 for _, value in tensors)
+    lengths = [_most(value.shape[1], program) for _, value in tensors if value.dim() == 2 and not value.is_floating_point()]
+    return Captured(program, tuple(node.name for node, _ in tensors), dynamic, min(lengths, default=0), name)
 
 
-def _is_free(size: Any, program: ExportedProgram) -> bool:
-    """Whether a dimension may be any number: torch.export keeps a symbol also where it has found that only one will do."""
+def _most(size: Any, program: ExportedProgram) -> float:
+    """The largest that a dimension may be, where any from two on will do; 0 where only one number will, which torch.export may keep as a symbol."""
     if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
-        return False
+        return 0
     bounds = program.range_constraints.get(size.node.expr)
-    return bounds is None or (bounds.lower <= 2 and bounds.upper > 2**31)
+    return math.inf if bounds is None else float(bounds.upper) if bounds.lower <= 2 else 0
 
 
 def exportable(model: nn.Module) -> None:

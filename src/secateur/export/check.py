@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import ModelError
+from secateur.export.capture import plain
 from secateur.export.runner import RUNTIMES, Call, File, Run, run
 from secateur.measure.run import at_rest, batch_of, forward, inputs_on
 from secateur.measure.runtimes import rows
@@ -69,7 +70,7 @@ def wanted(model: nn.Module, calls: Sequence[Call]) -> list[list[Tensor]]:
     """What the model gives for every call, in evaluation mode."""
     with at_rest(model):
         found = [forward(model, *inputs_on(model, *call)) for call in calls]
-    return [[leaf.detach() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] for outputs in found]
+    return [[leaf.detach() for leaf in tree_leaves(plain(outputs)) if isinstance(leaf, Tensor)] for outputs in found]
 
 
 def compared(expected: Sequence[Sequence[Tensor]], found: Sequence[Sequence[np.ndarray]], calls: Sequence[Call], file: File) -> list[Deviation]:

@@ -103,6 +103,8 @@ def write(format: str, model: nn.Module, call: Call, folder: Path) -> tuple[Writ
         file = {"onnx": to_onnx.write, "openvino": to_openvino.write, "pt2": to_pt2.write}[format](captured, path)
     if not captured.dynamic and format != "executorch":
         notes.append("torch.export could not keep the batch free: the file takes that of the example inputs")
+    if 0 < captured.lengths < 2**31:
+        notes.append(f"a row has {captured.lengths:.0f} tokens at most")
     if not captured.lengths and tokens_of(call) is not None:
         notes.append(f"a row has {tokens_of(call)} tokens, no more and no less, as the inputs have; --input 1x128:int64<1000 sets another length")
     return (file, captured.dynamic, notes), captured

@@ -145,7 +145,7 @@ def _built(kind: type, config: Any) -> nn.Module:
 
 def auto_class(transformers: Any, model: nn.Module) -> str:
     """The Auto class that this class is loaded by; the class itself where there is none."""
-    for name in ("AutoModelForCausalLM", *sorted(n for n in dir(transformers) if n.startswith("AutoModel") and n != "AutoModel"), "AutoModel"):
+    for name in ("AutoModelForCausalLM", "AutoModel", *sorted(n for n in dir(transformers) if n.startswith("AutoModelFor"))):
         mapping = getattr(getattr(transformers, name, None), "_model_mapping", None)
         if mapping is not None and type(model.config) in mapping:
             held = mapping[type(model.config)]

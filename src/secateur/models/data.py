@@ -104,7 +104,11 @@ def rows_of(items: Iterable[Any], first: int, count: int) -> Iterable[Any]:
         n = batch_of((item,))
         part = slice(max(0, first - seen), max(0, first + count - seen))
         if part.start < n and part.stop:
-            found.append(tree_map_only(Tensor, lambda t, n=n, part=part: t[part] if t.dim() and len(t) == n else t, item))
+
+            def cut(t: Tensor, n: int = n, part: slice = part) -> Tensor:
+                return t[part] if t.dim() and len(t) == n else t
+
+            found.append(tree_map_only(Tensor, cut, item))
         seen += n
         if seen >= first + count:
             break

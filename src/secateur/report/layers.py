@@ -11,6 +11,7 @@ from secateur.report.summary import section, table
 
 MOST_SHOWN = 30  # rows of a table before the rest is folded away
 USUAL = (None, "least squares", "fit")  # needs no note
+SAID = {"rectified": "fitted through its ReLU"}
 FILTER_FROM = 12  # rows from which a box to search them is worth its place
 
 
@@ -93,7 +94,7 @@ def _repair(row: Mapping[str, Any], most: float) -> list[Any]:
     scaled = [value / most if finite(value) else None for value in (cut, repaired)]
     words = f"{row.get('layer')}: error {error_text(cut)} plainly cut, {error_text(repaired)} repaired"
     branch = row.get("used") == "gauss-newton"
-    notes = [f"{row['used']} used"] if row.get("used") not in USUAL and not branch else []
+    notes = [SAID.get(row["used"], f"{row['used']} used")] if row.get("used") not in USUAL and not branch else []
     notes += ["fitted as a whole; before that its layers one by one"] if branch else []
     notes += [str(row["kept_plain"])] if row.get("kept_plain") else []
     notes += ["on the rows it was fitted to"] if row.get("held_out") is False else []
