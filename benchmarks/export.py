@@ -6,7 +6,8 @@ the same way: batch of one, one thread, rounds in turns. Rows that `results/expo
 
 Ways of cutting: `uniform`, the same share everywhere; `16`, widths in multiples of 16 channels, which is the block that ONNX Runtime pads
 convolutions to with AVX-512 (8 with AVX2); `16, blocks`, where whole residual blocks may go too: a stage of 16 channels has nothing else to
-give there; `blocks`, whole blocks alone; `inner`, heads and hidden neurons alone, the same share everywhere, as a plain configuration can say. ONNX is measured for every way, the other formats for the last one named for a network.
+give there; `blocks`, whole blocks alone; `inner`, heads and hidden neurons alone, the
+same share everywhere, as a plain configuration can say. ONNX is measured for every way, the other formats for the last one of a network.
 """
 
 from __future__ import annotations
