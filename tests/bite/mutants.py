@@ -873,4 +873,11 @@ MUTANTS: list[Mutant] = [
         'return ""',
         ("tests/surgery/test_class_and_graph.py",),
     ),
+    Mutant(
+        'numbers that only torch.export reads stay as they were',
+        'secateur/surgery/cut.py',
+        'if unchanged and not _captures(trial, graph):',
+        'if False:',
+        ('tests/surgery/test_paths.py',),
+    ),
 ]

@@ -211,16 +211,30 @@ def _needed(trial: nn.Module, edits: list[Edit], graph: Graph, predicted: nn.Mod
         if attributes.standard(owner, []) is None:
             custom.setdefault((type(owner), e.attribute), []).append(e)
     for same in custom.values():
-        attributes.apply(trial, [replace(e, old=e.new, new=e.old) for e in same])
+        back = [replace(e, old=e.new, new=e.old) for e in same]
+        attributes.apply(trial, back)
         try:
             unchanged = op_log(trial, args, kwargs) == wanted and same_values(trial, predicted, args, kwargs)
         except Exception:  # whatever it raises, the number is needed
             unchanged = False
+        if unchanged and not _captures(trial, graph):  # forward() may take another path under torch.export, which reads the number
+            attributes.apply(trial, same)
+            unchanged = not _captures(trial, graph)
+            attributes.apply(trial, back)
         if unchanged:
             edits = [e for e in edits if e not in same]
         else:
             attributes.apply(trial, same)
     return edits
+
+
+def _captures(trial: nn.Module, graph: Graph) -> bool:
+    args, kwargs = graph.capture.program.example_inputs
+    try:
+        capture(trial, args, kwargs)
+    except CaptureError:
+        return False
+    return True
 
 
 def _captured_differently(trial: nn.Module, graph: Graph, keep: dict[Axis, np.ndarray]) -> str:
