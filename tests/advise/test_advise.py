@@ -2,7 +2,9 @@
 
 import json
 import shlex
+import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +17,9 @@ import secateur as sc
 from secateur import cli
 from secateur.advise import Settings, Source, candidates
 from secateur.advise.candidates import careful
+from secateur.advise.clock import OutOfTime, at_most
 from secateur.advise.make import Maker
-from secateur.advise.run import OutOfTime, parts
+from secateur.advise.run import parts
 from secateur.errors import DataError, InputError
 from secateur.job import doubled, example_inputs
 from secateur.models import Data, load_data, load_model
@@ -181,6 +184,30 @@ def test_what_is_not_reached_in_time_is_listed(monkeypatch):
     done = search(minutes=1.0)
     assert done.rows[0]["state"] == "not tried" and "the time was up" in done.rows[0]["why"]
     assert not issubclass(OutOfTime, Exception)
+
+
+def test_a_stage_that_tells_nothing_is_stopped_too(monkeypatch):
+    swallowed = []
+
+    def silent(self, candidate):
+        for _ in range(2):
+            try:
+                time.sleep(2)
+            except BaseException as error:
+                if swallowed:
+                    raise
+                swallowed.append(error)
+
+    monkeypatch.setattr(Maker, "ready", silent)
+    monkeypatch.setattr(RUN, "at_most", lambda seconds: at_most(0.2))
+    before = signal.getsignal(signal.SIGALRM)
+    done = search()
+    assert swallowed
+    assert done.rows[0]["state"] == "not tried" and "the time was up" in done.rows[0]["why"]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0) and signal.getsignal(signal.SIGALRM) == before
+    with at_most(1000.0):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_held_out_rows_are_none_of_those_that_calibrate():

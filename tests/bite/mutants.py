@@ -880,4 +880,11 @@ MUTANTS: list[Mutant] = [
         'if False:',
         ('tests/surgery/test_paths.py',),
     ),
+    Mutant(
+        "a search that ends a silent stage once, and not when that was swallowed",
+        "secateur/advise/clock.py",
+        "_AGAIN = 1.0",
+        "_AGAIN = 0.0",
+        ("tests/advise/test_advise.py",),
+    ),
 ]

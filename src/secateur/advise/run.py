@@ -15,6 +15,7 @@ import torch
 from secateur.advise import store
 from secateur.advise.bench import Bench, Timed
 from secateur.advise.candidates import NEURONS, STRUCTURES, Candidate, Source, candidates, careful, careful_ones
+from secateur.advise.clock import OutOfTime, at_most
 from secateur.advise.held_out import HeldOut, Lost
 from secateur.advise.make import Maker, Model
 from secateur.advise.verdict import marked, verdict
@@ -32,10 +33,6 @@ from secateur.trace.only import neurons
 MEASURED, REFUSED, FAILED, NOT_TRIED = "measured", "refused", "failed", "not tried"
 ROWS, HELD_OUT = 512, 2000  # rows to calibrate with, and to compare on
 MOST = 100_000  # characters of an error that are kept
-
-
-class OutOfTime(BaseException):
-    """The time is up. Not an Exception, so that nothing on the way takes it for a failure of its own."""
 
 
 @dataclass(frozen=True)
@@ -195,23 +192,29 @@ class _Search:
             return {"state": NOT_TRIED, "why": f"{max(0.0, left):.0f} s were left{last}"}
         self.at = candidate.name
         try:
-            if why := _pointless(candidate, maker):
-                return {"state": REFUSED, "why": why}
-            maker.ready(candidate)
-            begun, worked = time.monotonic(), time.process_time()  # statistics are for all of them
-            model = maker.made(candidate)
-            self.say("held-out rows")
-            lost = held.lost(model.module) if model.module is not None else held.compared(held.seen(model.outputs or []))
-            if not math.isfinite(lost.points):
-                raise InputError("its outputs on the held-out rows are not finite.\n  Keep more of it.")
-            self.say("time, in turns with the dense model")
-            facts = {"state": MEASURED, **_figures(lost, maker.timed(candidate, model), model), "notes": model.notes}
+            with at_most(left):
+                facts = self._measured(candidate, maker, held)
         except OutOfTime:
             return {"state": NOT_TRIED, "why": f"stopped after {time.monotonic() - begun:.0f} s: the time was up"}
         except SecateurError as error:
             facts = {"state": REFUSED, "why": str(error)[:MOST]}
         except Exception as error:  # whatever a runtime raises: the other ways are still worth knowing
             facts = {"state": FAILED, "why": f"{type(error).__name__}: {error}"[:MOST]}
+        return {"took": time.monotonic() - begun, "cpu": time.process_time() - worked, **facts}
+
+    def _measured(self, candidate: Candidate, maker: Maker, held: HeldOut) -> dict[str, Any]:
+        """What a candidate loses and gains. Its seconds are without the statistics that all of its kind share."""
+        if why := _pointless(candidate, maker):
+            return {"state": REFUSED, "why": why}
+        maker.ready(candidate)
+        begun, worked = time.monotonic(), time.process_time()
+        model = maker.made(candidate)
+        self.say("held-out rows")
+        lost = held.lost(model.module) if model.module is not None else held.compared(held.seen(model.outputs or []))
+        if not math.isfinite(lost.points):
+            raise InputError("its outputs on the held-out rows are not finite.\n  Keep more of it.")
+        self.say("time, in turns with the dense model")
+        facts = {"state": MEASURED, **_figures(lost, maker.timed(candidate, model), model), "notes": model.notes}
         return {**facts, "took": time.monotonic() - begun, "cpu": time.process_time() - worked}
 
     # ---------------------------------------------------------------- the clock, and what is written
