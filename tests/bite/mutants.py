@@ -832,6 +832,13 @@ MUTANTS: list[Mutant] = [
         ('tests/export/test_export.py::test_a_file_that_computes_something_else_is_refused_and_the_old_one_stays',),
     ),
     Mutant(
+        'an output that is no number is passed over among others',
+        'secateur/export/check.py',
+        'float(np.max(values, initial=0.0))',
+        'max(values, default=0.0)',
+        ('tests/export/test_odd.py::test_one_output_that_is_no_number_is_enough_to_refuse',),
+    ),
+    Mutant(
         'an exported archive holds the inputs given',
         'secateur/export/to_pt2.py',
         'rebuild(describe(*held))',

@@ -156,6 +156,19 @@ def test_deviation_knows_nan_and_infinity():
         onnx_file.agree(model, (x,), {}, lambda: [x.numpy(), x.numpy()], "it")
 
 
+def test_the_second_output_is_compared_as_the_first_is():
+    """NaN is no larger than any number, so max() over the outputs would pass it over."""
+
+    class Two(nn.Module):
+        def forward(self, x):
+            return x, x + 1
+
+    x, lost = torch.ones(2, 3), torch.full((2, 3), float("nan"))
+    for found in ([x, lost], [lost, x + 1]):
+        with pytest.raises(ModelError, match="deviates"):
+            onnx_file.agree(Two(), (x,), {}, lambda found=found: [t.numpy() for t in found], "it")
+
+
 def test_a_model_that_cannot_be_exported_says_so():
     needs("onnxruntime")
 

@@ -87,7 +87,8 @@ def compared(expected: Sequence[Sequence[Tensor]], found: Sequence[Sequence[np.n
                 "  Return plain tensors from forward(), each once."
             )
         pairs = [deviation(a, torch.from_numpy(np.array(b))) for a, b in zip(ours, theirs, strict=True)]
-        absolute, relative = (max(values, default=0.0) for values in ([a for a, _ in pairs], [r for _, r in pairs]))
+        # of several outputs the one that is no number counts, which Python's max may pass over
+        absolute, relative = (float(np.max(values, initial=0.0)) for values in ([a for a, _ in pairs], [r for _, r in pairs]))
         out.append(Deviation(batch_of(*call), absolute, relative, tokens_of(call)))
     return out
 
@@ -108,8 +109,9 @@ def checked(model: nn.Module, file: File, calls: Sequence[Call], tolerance: floa
     found = compared(wanted(model, calls), done.outputs, calls, file)
     worst = max(found, key=lambda row: row.relative if row.relative == row.relative else float("inf"))
     if not worst.relative <= most:
+        enough = f" If that is good enough for you: --tolerance {2 * worst.relative:.0e}." if np.isfinite(worst.relative) else ""
         raise ModelError(
             f"{file.path.name}: {RUNTIMES[file.format]} deviates from torch by {worst.relative:.1e} of the largest output (batch of {worst.batch}); "
-            f"at most {most:.0e} is accepted.\n  Nothing was kept. If that is good enough for you: --tolerance {2 * worst.relative:.0e}."
+            f"at most {most:.0e} is accepted.\n  Nothing was kept.{enough}"
         )
     return done, found

@@ -135,7 +135,7 @@ def agree(model: nn.Module, args: tuple, kwargs: dict[str, Any], run: Callable[[
             f"{who} gives outputs of shapes {[tuple(t.shape) for t in found]} for {type(model).__name__}, "
             f"torch gives {[tuple(t.shape) for t in wanted]}.\n  Return plain tensors from forward(), each once."
         )
-    worst = max((deviation(a, b)[1] for a, b in zip(wanted, found, strict=True)), default=0.0)
+    worst = float(np.max([deviation(a, b)[1] for a, b in zip(wanted, found, strict=True)], initial=0.0))  # NaN is the worst of all
     if not worst <= TOLERANCE:
         raise ModelError(
             f"{who} deviates from torch by {worst:.1e} of the largest output of {type(model).__name__}; at most {TOLERANCE:.0e} "
