@@ -825,6 +825,13 @@ MUTANTS: list[Mutant] = [
         ("tests/quantise/test_rows.py::test_parts_are_the_first_rows_in_order",),
     ),
     Mutant(
+        "int8 is scored by whatever output comes first",
+        "secateur/quantise/rows.py",
+        "next(self.left)[self.at]",
+        "next(self.left)[0]",
+        ("tests/quantise/test_scores.py::test_int8_is_scored_by_them",),
+    ),
+    Mutant(
         'an exported file that deviates is kept',
         'secateur/export/check.py',
         'if not worst.relative <= most:',

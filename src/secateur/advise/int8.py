@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from secateur.measure.runtimes.onnx_file import arrays
 from secateur.measure.runtimes.onnx_runtime import opened
 from secateur.models import Data
 from secateur.quantise import How, quantise
-from secateur.quantise.rows import parts
+from secateur.quantise.rows import parts, scores_at
 
 RUNTIME, QUICK = "onnxruntime int8", 64  # rows that `quantise` itself compares on; the rest is done here
 
@@ -57,7 +58,8 @@ def int8(
     held = parts(test, inputs, fixed, whole=fixed is not None, at_most=None)
     say("held-out rows")
     found = run(done.path, [part.call for part in held], threads=threads)
-    outputs = [(torch.from_numpy(each[0]), part.labels) for each, part in zip(found.outputs, held, strict=True)]
+    at = scores_at(model, held[0].call) if labelled else next((n for n, v in enumerate(found.outputs[0]) if np.issubdtype(v.dtype, np.floating)), 0)
+    outputs = [(torch.from_numpy(each[at]), part.labels) for each, part in zip(found.outputs, held, strict=True)]
     feed = arrays(*timed, [i.name for i in session.get_inputs()], "onnxruntime")
     size = sum(path.stat().st_size for path in done.path.parent.glob(f"{done.path.name}*"))
     return Int8(outputs, lambda: session.run(None, feed), size, max(0, found.peak_bytes - found.idle_bytes), [*done.notes, *done.warnings])

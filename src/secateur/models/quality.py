@@ -54,6 +54,8 @@ def scored(model: nn.Module, batches: Iterable[Any], processes: Alone = ALONE) -
             scores = scores_of(forward(model, (inputs.to(where.device, where.dtype if inputs.is_floating_point() else None),)))
         except InputError as error:
             raise DataError(f"A batch of the data does not fit. {error}") from error
+        if not isinstance(scores, Tensor):
+            raise no_scores(scores)
         if scores.dim() != 2 or len(scores) != len(labels) or int(labels.max()) >= scores.shape[1]:
             raise DataError(
                 f"The model gives {tuple(scores.shape)} for {len(labels)} labels up to {int(labels.max())}.\n"
@@ -82,3 +84,12 @@ def scores_of(output: Any) -> Any:
         if not isinstance(output, (Tensor, tuple, list)) and hasattr(output, name):
             return getattr(output, name)
     return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def no_scores(output: Any) -> DataError:
+    """What to raise where a model returns nothing that is known to be class scores."""
+    names = f" of {', '.join(map(str, list(output)[:5]))}" if isinstance(output, Mapping) else ""
+    return DataError(
+        f"Accuracy needs class scores, and the model returns a {type(output).__name__}{names}.\n"
+        "  Return the scores alone, first in a tuple, or as logits in a dict; or give data without labels."
+    )

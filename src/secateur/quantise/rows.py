@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.calibrate.batches import read
 from secateur.errors import DataError
+from secateur.export.capture import plain
 from secateur.export.runner import Call
-from secateur.measure.run import batch_of
+from secateur.measure.run import at_rest, batch_of, forward
 from secateur.models import quality
 
 
@@ -72,24 +73,39 @@ def _cut(call: Call, labels: Tensor | None, size: int) -> Iterator[Part]:
         yield Part((args, kwargs), None if labels is None else labels[start:stop])
 
 
-class _Played(nn.Module):
-    """Gives what a file gave, call by call."""
+def scores_at(model: nn.Module, call: Call) -> int:
+    """Which output of a file holds the class scores that `models.quality` takes of the model: its logits need not come first.
 
-    def __init__(self, outputs: Sequence[Sequence[np.ndarray]]):
+    Raises:
+        DataError: the scores are none of the tensors that the model returns.
+    """
+    with at_rest(model):
+        found = forward(model, *call)
+    scores = quality.scores_of(found)
+    place = next((n for n, t in enumerate(t for t in tree_leaves(plain(found)) if isinstance(t, Tensor)) if t is scores), None)
+    if place is None:
+        raise quality.no_scores(found)
+    return place
+
+
+class _Played(nn.Module):
+    """Gives what a file gave, call by call, of its outputs the one `at` that place."""
+
+    def __init__(self, outputs: Sequence[Sequence[np.ndarray]], at: int):
         super().__init__()
-        self.left = iter(outputs)
+        self.left, self.at = iter(outputs), at
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.from_numpy(next(self.left)[0])
+        return torch.from_numpy(next(self.left)[self.at])
 
 
-def accuracy(outputs: Sequence[Sequence[np.ndarray]], test: Sequence[Part]) -> float:
-    """The share of rows whose largest score is at their label, in 0..1; the scores are the first output.
+def accuracy(outputs: Sequence[Sequence[np.ndarray]], test: Sequence[Part], at: int = 0) -> float:
+    """The share of rows whose largest score is at their label, in 0..1; the scores are the output `at` that place (`scores_at`).
 
     Raises:
         DataError: labels that do not fit the outputs.
     """
-    return quality.accuracy(_Played(outputs), [(torch.empty(batch_of(*part.call)), part.labels) for part in test])
+    return quality.accuracy(_Played(outputs, at), [(torch.empty(batch_of(*part.call)), part.labels) for part in test])
 
 
 def error(found: Sequence[Sequence[np.ndarray]], wanted: Sequence[Sequence[np.ndarray]]) -> float:

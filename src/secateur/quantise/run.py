@@ -25,7 +25,7 @@ from secateur.models.atomic import MARK, replace_folder, sha256
 from secateur.models.data import Data
 from secateur.quantise import by_nncf, by_onnxruntime
 from secateur.quantise.judge import verdict, warnings
-from secateur.quantise.rows import Part, accuracy, error, parts
+from secateur.quantise.rows import Part, accuracy, error, parts, scores_at
 
 FACTS, FORMAT = "quantised.json", "secateur-quantised/1"
 RUNTIMES: Mapping[str, tuple[Any, str]] = {"onnxruntime": (by_onnxruntime, "onnx"), "openvino": (by_nncf, "openvino")}
@@ -236,8 +236,9 @@ class _Work:
             own, path = name.removesuffix(_INT8), self.files[name].path
             against = error(outputs[name], outputs["dense"]) if "dense" in self.models else None
             size = sum(p.stat().st_size for p in path.parent.iterdir())
-            rows.append(Row(name, size, accuracy(outputs[name], test) if self.data.labelled else None, error(outputs[name], outputs[own]), against,
-                            timed.seconds[name], timed.ratio[name], *self.tool.zeros(path)))  # fmt: skip
+            right = accuracy(outputs[name], test, scores_at(self.models[own], test[0].call)) if self.data.labelled else None
+            rows.append(Row(name, size, right, error(outputs[name], outputs[own]), against, timed.seconds[name], timed.ratio[name],
+                            *self.tool.zeros(path)))  # fmt: skip
         return rows, runtime
 
     def _same(self, name: str, found: Any, call: Call) -> None:
