@@ -63,7 +63,7 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
     main, to = int(os.environ.get("RANK", "0")) == 0, Path(out or f"{folder.rstrip('/')}-recovered")
     refuse_foreign(to)  # before hours of training, not after
     with working(as_json or not main) as say:
-        held, _ = given_data(data, None, seed, folder)
+        held, _ = given_data(data, None, seed, teacher or folder)  # the tokens of a text are the dense model's: a pruned folder has no tokenizer
         assert held is not None
         say("load")
         saved, model = read(folder), load_model(folder, factory=factory).model

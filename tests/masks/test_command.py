@@ -138,6 +138,10 @@ def test_text_calibrates_a_model_in_memory(run, tmp_path):
     assert facts["why"]["calibration_rows"] == 1000 // 32 // 4 * 4  # windows are no longer than the positions that the model knows
     assert 2 * facts["why"]["kept"] == facts["why"]["of_weights"]
     assert "nothing is wrong" in run("verify", "out")
+    back = ("recover", "out", "--data", "text:corpus.txt", "--epochs", "2", "--json")
+    facts = json.loads(run(*back, "--teacher", "hf/dense"))  # whose tokenizer it is, and whose outputs are learned
+    assert facts["history"][-1]["loss"] < facts["history"][0]["loss"] and "nothing is wrong" in run("verify", "out-recovered")
+    assert "needs the tokenizer of a model folder" in run(*back, "-o", "other", code=1)
     assert "needs the tokenizer of a model folder" in run("mask", NET, "--keep", "10%", "--data", "text:corpus.txt", code=1)
     (tmp_path / "corpus.txt").write_text("w1 w2")
     assert "there are 2 tokens" in run("mask", "hf/dense", "--pattern", "2:4", "--data", "text:corpus.txt", code=1)
