@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,8 @@ def export(  # noqa: PLR0913  # a command's parameters are its options
     """Write a model for another runtime, run it there in a fresh process, compare it with torch, and time it."""
     if format not in NAMES:
         raise InputError(f"--to {format}: there is no such format.\n  There are: {', '.join(NAMES)}.")
+    how = How(tolerance, threads, rounds)
+    how.check()
     with working(as_json) as say:
         held, given = given_data(data, inputs, 0, model)
         say("load")
@@ -49,8 +52,8 @@ def export(  # noqa: PLR0913  # a command's parameters are its options
         loaded = _loaded(model, weights, factory, (dense or _recorded(model)) if format == "hf" and beside is not None else None)
         args, kwargs = job.example_inputs(loaded, held, given)
         calls = _rows(loaded, held) if held is not None and not given else ()
-        how = How(tolerance, threads, rounds, calls=calls)
-        done = to(format, loaded.model, (args, kwargs), out or _beside(model, format), dense=beside, how=how, progress=say)
+        place = out or _beside(model, format)
+        done = to(format, loaded.model, (args, kwargs), place, dense=beside, how=replace(how, calls=calls), progress=say)
     if as_json:
         show({"model": model, **done.to_json(), "notes": [*notes, *done.notes]})
     else:

@@ -846,6 +846,13 @@ MUTANTS: list[Mutant] = [
         ('tests/export/test_odd.py::test_one_output_that_is_no_number_is_enough_to_refuse',),
     ),
     Mutant(
+        'a branch on the number of rows is forgotten',
+        'secateur/export/capture.py',
+        'if described.dynamic and not _holds(found, model, args, kwargs):',
+        'if False:',
+        ('tests/export/test_odd.py::test_a_batch_that_capturing_decides_on_is_written_in_and_said',),
+    ),
+    Mutant(
         'an exported archive holds the inputs given',
         'secateur/export/to_pt2.py',
         'rebuild(describe(*held))',

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.errors import ModelError
+from secateur import export
+from secateur.cli import main
+from secateur.errors import FormatError, InputError, ModelError
 from secateur.export import check
 from secateur.export.runner import File, Run
 
@@ -23,3 +25,78 @@ def test_one_output_that_is_no_number_is_enough_to_refuse(monkeypatch):
         with pytest.raises(ModelError, match="deviates from torch by nan") as said:
             check.checked(Two(), file, [((x,), {})])
         assert "--tolerance" not in str(said.value)
+
+
+class Calls(nn.Module):
+    """A layer, and what a function makes of it."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x):
+        return self.function(self.layer(x))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_gives_no_number_proves_nothing(here, tmp_path, value):
+    model = Calls(lambda y: (y, y * 0 + value))
+    with pytest.raises(ModelError, match="Calls gives nothing but NaN or infinity on a batch of 2"):
+        export.pt2(model, (torch.randn(2, 4),), tmp_path / "p", how=export.How(rounds=0))
+    assert not list(tmp_path.iterdir())
+    masked = Calls(lambda y: torch.cat([y, y * 0 + value], 1))  # some of it may be: masks are
+    assert export.pt2(masked, (torch.randn(2, 4),), tmp_path / "p", how=export.How(rounds=0, batches=())).deviation < 1e-6
+
+
+def test_batches_that_the_model_does_not_run_are_not_held_against_the_file(here, tmp_path):
+    """It takes pairs of rows: 1 and 5, which are tried on our own account, are none."""
+    how = export.How(rounds=0, batches=(1, 6, 5))
+    done = export.pt2(Calls(lambda y: y.view(-1, 2, 4) + 1), (torch.randn(4, 4),), tmp_path / "p", how=how)
+    assert done.dynamic and [row.batch for row in done.deviations] == [4, 6]
+    assert any("not checked with batches of 1, 5" in note for note in done.notes)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("function", [
+    lambda y: y if y.shape[0] > 1 else -y, lambda y: y.view(y.shape[0], -1, 2 * y.shape[0]),
+], ids=["a branch", "a division"])  # fmt: skip
+def test_a_batch_that_capturing_decides_on_is_written_in_and_said(here, tmp_path, function, rows):
+    """torch.export keeps the batch free and forgets the branch that another one would take."""
+    x = torch.randn(rows, 4)
+    done = export.pt2(Calls(function), (x,), tmp_path / "p", how=export.How(rounds=0, batches=(1, 3)))
+    assert not done.dynamic and [row.batch for row in done.deviations] == [rows] and any("could not keep the batch free" in n for n in done.notes)
+    assert torch.allclose(torch.export.load(done.path).module()(x), Calls(function)(x), atol=1e-6)
+
+
+def test_inputs_without_rows_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no rows \(\(0, 4\) float32\)"):
+        export.pt2(nn.Linear(4, 4), (torch.randn(0, 4),), tmp_path / "p")
+
+
+@pytest.mark.parametrize("odd", [
+    {"threads": 0}, {"threads": 10**6}, {"rounds": 1}, {"rounds": -2}, {"tolerance": float("nan")}, {"tolerance": -1.0}, {"batches": (0,)},
+    {"batches": (2.5,)},
+], ids=str)  # fmt: skip
+def test_settings_that_cannot_be_meant_are_refused_before_any_work(tmp_path, monkeypatch, odd):
+    monkeypatch.setattr(export.stages, "write", None)
+    with pytest.raises(InputError, match=next(iter(odd))):
+        export.pt2(nn.Linear(4, 4), (torch.randn(2, 4),), tmp_path / "p", how=export.How(**odd))
+
+
+def test_the_command_refuses_them_before_it_loads_a_model(capsys):
+    assert main(["export", "no.such:model", "--to", "pt2", "--rounds", "1"]) == 2
+    assert "rounds=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("facts", ["{}", "[]", "{", '{"files": 3}'])
+def test_an_odd_export_json_is_replaced_with_the_rest(here, tmp_path, facts):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "export.json").write_text(facts)
+    export.pt2(nn.Linear(4, 4), (torch.randn(2, 4),), tmp_path / "p", how=export.How(rounds=0, batches=()))
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["export.json", "model.pt2"]
+
+
+def test_a_name_that_no_folder_can_have(tmp_path):
+    with pytest.raises(FormatError, match="File name too long"):
+        export.pt2(nn.Linear(4, 4), (torch.randn(2, 4),), tmp_path / ("a" * 300))

@@ -16,7 +16,9 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import CaptureError, InputError, ModelError
-from secateur.measure.run import inputs_on
+from secateur.measure.run import at_rest, batch_of, forward, inputs_on, shapes
+from secateur.measure.runtimes import rows
+from secateur.measure.runtimes.onnx_file import TOLERANCE, deviation
 from secateur.models.recipe import captured as free
 from secateur.trace.capture import export
 
@@ -36,7 +38,7 @@ class Captured:
 
 def capture(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None, *, fixed: bool = False) -> Captured:
     """The model in evaluation mode as one graph; any number of rows, and of tokens in inputs of whole numbers (rows, tokens), where `torch.export`
-    can follow that, else (and if `fixed`) those given.
+    can follow that and the graph is the model for other numbers of rows too, else (and if `fixed`) those given.
 
     Raises:
         ModelError: it has sparse layers, is not on the CPU, or is in a dtype that runtimes do not share.
@@ -53,7 +55,27 @@ def capture(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = No
         raise CaptureError(
             f"{type(model).__name__} could not be captured: {why}.\n  Check that it runs on these inputs, or export a part that can be."
         )
-    return _described(found, type(model).__name__)
+    described = _described(found, type(model).__name__)
+    if described.dynamic and not _holds(found, model, args, kwargs):
+        return capture(model, args, kwargs, fixed=True)
+    return described
+
+
+def _holds(program: ExportedProgram, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a program with a free batch is the model for the rows given, for one row, and for two and three times as many, as far as the model
+    itself runs on those: a branch of forward() on the number of rows, and a division of it, may have been decided while capturing."""
+    have, module = batch_of(args, kwargs), program.module()
+    for call in (rows(args, kwargs, n) for n in sorted({have, 1, 2 * have, 3 * have}) if n):
+        with at_rest(model), suppress(InputError):
+            wanted = tree_leaves(plain(forward(model, *call)))
+            try:
+                found = tree_leaves(forward(module, *call))
+            except InputError:  # a guard
+                return False
+            pairs = [(a, b) for a, b in zip(wanted, found, strict=True) if isinstance(a, Tensor)]
+            if not all(a.shape == b.shape and deviation(a, b)[1] <= TOLERANCE for a, b in pairs):
+                return False
+    return True
 
 
 def plain(output: Any) -> Any:
@@ -98,6 +120,8 @@ def check_inputs(args: tuple, kwargs: Mapping[str, Any]) -> None:
     """Raises InputError if there is nothing to run the file on."""
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, dict(kwargs)))):
         raise InputError("no tensor among the inputs: an export is checked by running it.\n  Pass args=(x,).")
+    if batch_of(args, kwargs) == 0:
+        raise InputError(f"the inputs have no rows ({shapes(args, kwargs)}): an export is checked by running it.\n  Pass one row at least.")
 
 
 def named(error: str, program: ExportedProgram) -> str:

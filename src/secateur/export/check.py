@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from secateur.errors import ModelError
+from secateur.errors import InputError, ModelError
 from secateur.export.capture import plain
 from secateur.export.runner import RUNTIMES, Call, File, Run, run
 from secateur.measure.run import at_rest, batch_of, forward, inputs_on
@@ -67,10 +67,33 @@ def _turned(call: Call, have: int, wanted: int) -> Call:
 
 
 def wanted(model: nn.Module, calls: Sequence[Call]) -> list[list[Tensor]]:
-    """What the model gives for every call, in evaluation mode."""
+    """What the model gives for every call, in evaluation mode.
+
+    Raises ModelError: an output without a finite value, which any other would agree with.
+    """
     with at_rest(model):
-        found = [forward(model, *inputs_on(model, *call)) for call in calls]
-    return [[leaf.detach() for leaf in tree_leaves(plain(outputs)) if isinstance(leaf, Tensor)] for outputs in found]
+        outputs = [forward(model, *inputs_on(model, *call)) for call in calls]
+    found = [[leaf.detach() for leaf in tree_leaves(plain(output)) if isinstance(leaf, Tensor)] for output in outputs]
+    for call, leaves in zip(calls, found, strict=True):
+        if any(leaf.is_floating_point() and leaf.numel() and not leaf.isfinite().any() for leaf in leaves):
+            raise ModelError(
+                f"{type(model).__name__} gives nothing but NaN or infinity on a batch of {batch_of(*call)}, with which nothing can be compared.\n"
+                "  Look for the weights or the inputs that it comes from."
+            )
+    return found
+
+
+def runnable(model: nn.Module, calls: Sequence[Call]) -> tuple[list[Call], list[str]]:
+    """The first call, and of the others, whose number of rows nobody asked for, those that the model itself runs; a note on the rest."""
+    kept, refused = list(calls[:1]), []
+    with at_rest(model):
+        for call in calls[1:]:
+            try:
+                forward(model, *inputs_on(model, *call))
+                kept.append(call)
+            except InputError:
+                refused.append(f"{batch_of(*call)}{f' of {tokens_of(call)} tokens' if tokens_of(call) else ''}")
+    return kept, [f"not checked with batches of {', '.join(refused)}, on which the model itself does not run"] if refused else []
 
 
 def compared(expected: Sequence[Sequence[Tensor]], found: Sequence[Sequence[np.ndarray]], calls: Sequence[Call], file: File) -> list[Deviation]:
@@ -104,9 +127,9 @@ def checked(model: nn.Module, file: File, calls: Sequence[Call], tolerance: floa
 
     Raises ModelError: it does not run, or deviates by more than `tolerance` of the largest output (None: 1e-4, and 1e-2 in float16).
     """
-    most = accepted(model, tolerance)
+    most, expected = accepted(model, tolerance), wanted(model, calls)
     done = run(file, calls)
-    found = compared(wanted(model, calls), done.outputs, calls, file)
+    found = compared(expected, done.outputs, calls, file)
     worst = max(found, key=lambda row: row.relative if row.relative == row.relative else float("inf"))
     if not worst.relative <= most:
         enough = f" If that is good enough for you: --tolerance {2 * worst.relative:.0e}." if np.isfinite(worst.relative) else ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,10 +19,11 @@ from torch import nn
 from secateur.errors import InputError, ModelError, SecateurError
 from secateur.export import to_executorch, to_hf, to_onnx, to_openvino, to_pt2
 from secateur.export.capture import Captured, capture, check_inputs, exportable, named, named_within
-from secateur.export.check import Deviation, accepted, calls_of, checked, shorter, tokens_of
+from secateur.export.check import Deviation, accepted, calls_of, checked, runnable, shorter, tokens_of
 from secateur.export.runner import Call, File, race, run
 from secateur.measure.latency import Comparison
 from secateur.measure.run import inputs_on
+from secateur.measure.runtimes import check as check_runtime
 from secateur.models.atomic import MARK, replace_folder, sha256
 
 FACTS = "export.json"
@@ -45,6 +48,16 @@ class How:
     rounds: int = 20
     batches: tuple[int, ...] = BATCHES
     calls: tuple[Call, ...] = ()
+
+    def check(self) -> None:
+        """Raises InputError for what cannot be meant."""
+        check_runtime("torch", self.threads)
+        if self.rounds < 0 or self.rounds == 1:
+            raise InputError(f"rounds={self.rounds}: a file is timed in 2 rounds at least, or with 0 not at all.")
+        if self.tolerance is not None and not 0 <= self.tolerance < math.inf:
+            raise InputError(f"tolerance={self.tolerance}: the largest deviation over the largest output is a number from 0 up.\n  1e-4 is usual.")
+        if odd := [n for n in self.batches if not isinstance(n, int) or n < 1]:
+            raise InputError(f"batches={self.batches}: {odd[0]} is no number of rows.\n  Give whole numbers from 1 up.")
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,7 @@ def export(
     how, folder, say = how or How(), Path(folder), progress or (lambda stage: None)
     if format not in NAMES:
         raise InputError(f"unknown format {format!r}.\n  There are: {', '.join(NAMES)}.")
+    how.check()
     args, kwargs = inputs_on(model, *call)
     check_inputs(args, kwargs)
     exportable(model)
@@ -133,13 +147,15 @@ def export(
         files = _files(fresh)
         calls = list(how.calls) or calls_of(args, kwargs, how.batches)
         calls += shorter(calls[0]) if captured is None or captured.lengths else []
+        calls, said = runnable(model, calls if dynamic else [(args, kwargs)])
         say("run it in a fresh process")
         try:
-            done, rows = checked(model, file, calls if dynamic else [(args, kwargs)], how.tolerance)
+            done, rows = checked(model, file, calls, how.tolerance)
         except ModelError as error:
             raise _located(error, captured) from error
         bytes_ = sum(entry["bytes"] for entry in files.values())
-        beside = _measured(format, (file, done.peak_bytes), dense, calls[0] if dynamic else (args, kwargs), (how, notes, say))
+        notes += said
+        beside = _measured(format, (file, done.peak_bytes), dense, calls[0], (how, notes, say))
         found = Exported(
             folder, folder / file.path.name if format != "hf" else folder, format, done.version, dynamic, file.inputs, rows, bytes_,
             idle_bytes=done.idle_bytes, notes=[*notes, *zeros_note(model, fresh)], **beside,
@@ -185,10 +201,10 @@ def _located(error: ModelError, captured: Captured | None) -> ModelError:
 
 def _ours(folder: Path) -> set[str]:
     """Names that an export in this folder may consist of: those that its facts list."""
-    if (folder / MARK).is_file():
+    if os.path.isfile(folder / MARK):  # not an error for a name that no folder can have, which is told when it is written
         raise InputError(f"{folder} holds a pruned model.\n  Choose another folder for the export: -o DIR.")
     ours = {FACTS, *NAMES.values()}
-    with suppress(OSError, ValueError, AttributeError, TypeError):
+    with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
         ours |= {name.split("/")[0] for name in json.loads((folder / FACTS).read_text())["files"]}
     return ours
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from secateur.export.runner import Call, File, race, run
 from secateur.export.stages import write
 from secateur.measure.latency import Latency
 from secateur.measure.run import batch_of, inputs_on
+from secateur.measure.runtimes import check
 from secateur.measure.runtimes.onnx_file import arrays
 from secateur.models.atomic import MARK, replace_folder, sha256
 from secateur.models.data import Data
@@ -63,6 +65,7 @@ class How:
         known = RUNTIMES[self.runtime][0].RANGES
         if self.ranges is not None and (self.ranges not in known or self.kind != "static"):
             raise InputError(f"ranges={self.ranges!r}: {self.runtime} takes activations' ranges by {', '.join(known)}, for kind='static' alone.")
+        check(self.runtime, self.threads)
         if self.rows < 1 or self.rounds < 2:
             raise InputError(f"rows={self.rows}, rounds={self.rounds}: one calibration row and two timed rounds at least.")
 
@@ -156,7 +159,7 @@ def quantise(
     """
     how, folder, say = how or How(), Path(folder), progress or (lambda stage: None)
     how.check()
-    if (folder / MARK).is_file():
+    if os.path.isfile(folder / MARK):  # not an error for a name that no folder can have, which is told when it is written
         raise InputError(f"{folder} holds a pruned model.\n  Choose another folder for the int8 file: -o DIR.")
     call = inputs_on(model, *call)
     models = {"model": model} if dense is None else {"dense": dense, "pruned": model}
