@@ -11,6 +11,7 @@ from secateur.cli import main
 from secateur.errors import FormatError, InputError, ModelError
 from secateur.export import check
 from secateur.export.runner import File, Run
+from secateur.models.recipe import captured
 
 
 def test_one_output_that_is_no_number_is_enough_to_refuse(monkeypatch):
@@ -100,3 +101,11 @@ def test_an_odd_export_json_is_replaced_with_the_rest(here, tmp_path, facts):
 def test_a_name_that_no_folder_can_have(tmp_path):
     with pytest.raises(FormatError, match="File name too long"):
         export.pt2(nn.Linear(4, 4), (torch.randn(2, 4),), tmp_path / ("a" * 300))
+
+
+def test_a_capture_that_fails_leaves_no_marks_on_the_inputs():
+    """The next attempt would find its dimensions free again, and fail alike."""
+    x = torch.randn(2, 4)
+    found, why = captured(Calls(lambda y: y.view(y.shape[0], -1, 2 * y.shape[0])), (x,), {})
+    assert found is not None, why
+    assert not [name for name in vars(x) if "dynamic" in name]

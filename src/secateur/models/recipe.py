@@ -240,6 +240,7 @@ def captured(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], lengths: 
     why = "torch.export could not follow it"
     for doubled, free in (*([(True, 2)] if lengths else []), (True, 1), (False, 1), (False, 0)):
         given = _doubled((args, dict(kwargs))) if doubled else (args, dict(kwargs))
+        given = tree_map_only(Tensor, Tensor.detach, given)  # torch.export marks free dimensions on tensors, and leaves the marks when it fails
         shapes = _free(model, given, free) if free else None
         try:
             with evaluating(model):
