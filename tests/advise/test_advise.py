@@ -20,7 +20,7 @@ from secateur.advise.candidates import careful
 from secateur.advise.clock import OutOfTime, at_most
 from secateur.advise.make import Maker
 from secateur.advise.run import parts
-from secateur.errors import DataError, InputError
+from secateur.errors import DataError, FormatError, InputError
 from secateur.job import doubled, example_inputs
 from secateur.models import Data, load_data, load_model
 from secateur.models.atomic import TENSORS
@@ -229,6 +229,24 @@ def test_what_cannot_be_meant_is_refused_at_once(run):
     with pytest.raises(InputError, match="unknown runtime"):
         Settings(runtimes=("tensorrt",)).check()
     run("advise", NET, code=2)
+
+
+def test_the_folder_of_a_model_stays_what_it_is(tmp_path):
+    """Its report has the name that an advice's has."""
+    model, args = load_model(NET).model, load_model(NET).example_inputs
+    folder = sc.save(sc.prune(model, args, sc.MACs(at_most="70%"), repair="none"), tmp_path / "out")
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(InputError, match="holds a pruned model"):
+        search(folder)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("place", ["file/advice", "a" * 300], ids=["below a file", "too long"])
+def test_a_place_where_no_folder_can_be(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FormatError, match="could not be written into"):
+        search(tmp_path / place, minutes=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_mlp_has_neurons_and_nothing_else(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +26,7 @@ from secateur.job import Cast, doubled
 from secateur.measure import RUNTIMES
 from secateur.measure.run import batch_of
 from secateur.models import Data, LoadedModel
+from secateur.models.atomic import MARK
 from secateur.models.data import rows_of
 from secateur.prune import How, begin
 from secateur.repair.sensitivity import gives_scores
@@ -105,8 +107,10 @@ def advise(
         InputError, ModelError, DataError, CaptureError: the model cannot be traced, or does not run on the data.
     """
     settings.check()
-    if out is not None and Path(out).exists() and not Path(out).is_dir():
+    if out is not None and os.path.exists(out) and not os.path.isdir(out):
         raise InputError(f"{out} is a file; an advice is a folder.\n  Choose another name.")
+    if out is not None and os.path.isfile(Path(out) / MARK):  # its report would be replaced
+        raise InputError(f"{out} holds a pruned model.\n  Choose another folder for the advice: -o DIR.")
     with TemporaryDirectory(prefix="secateur-advise-") as scratch:
         search = _Search(loaded, inputs, data, source, settings, Path(out) if out else None, Path(scratch))
         search.tell = progress or search.tell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +46,7 @@ def key(loaded: LoadedModel, said: tuple[Source, Any], given: tuple[Any, Any, An
 
 def rows(folder: Path | None, wanted: str) -> dict[str, dict[str, Any]]:
     """The rows of an earlier run with this key, by name; of those with a folder, where it is whole."""
-    if folder is None or not (folder / FILE).is_file():
+    if folder is None or not os.path.isfile(folder / FILE):
         return {}
     try:
         known = json.loads((folder / FILE).read_text(encoding="utf8"))

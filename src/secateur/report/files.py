@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,4 +71,5 @@ def put(folder: Path, texts: Mapping[str, str]) -> None:
         raise FormatError(f"the report could not be written into {folder}: {error.strerror}.\n  Make room, or choose another folder.") from error
     finally:
         for path in fresh.values():
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # below a file, or under a name that is too long, nothing was written either
+                path.unlink(missing_ok=True)
