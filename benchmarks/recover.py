@@ -68,6 +68,7 @@ def cut(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     name = f"{task.name}-{options.share}-{options.method.replace('/', '_')}-{options.epochs:g}-{seed}"
     BUILD.mkdir(parents=True, exist_ok=True)
     kept = BUILD / f"{name}.pt"
+    name += "" if options.lr is None else f"-{options.lr:g}"
     begin = time.monotonic()
     model, _ = method(options.method)(task, 1 / options.share, seed)
     if kept.exists():  # the same weights as before a kill: solvers of several threads differ in the last digits
@@ -76,7 +77,7 @@ def cut(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
         torch.save(model.state_dict(), kept)
     seconds, before = time.monotonic() - begin, top1(task, model)
     print(name, "without training", before, flush=True)
-    how = Training(options.epochs, distil=0.9, precision="bfloat16", channels_last=True, augment="flip_crop", seed=seed)
+    how = Training(options.epochs, lr=options.lr, distil=0.9, precision="bfloat16", channels_last=True, augment="flip_crop", seed=seed)
     teacher = Remembered(task.dense(), BUILD / f"teacher-{task.name}")
     done = recover(model, training_images(task.name == "ic_resnet8"), how, teacher=teacher, folder=BUILD / name, progress=told)
     macs = [count(m, task.args()).macs for m in (task.dense(), model)]
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.05])
     parser.add_argument("--kind", nargs="+", default=["one_shot", "cubic", "iterative", "ac_dc", "rigl", "static"])
     parser.add_argument("--epochs", type=float, default=20.0)
+    parser.add_argument("--lr", type=float, help="the highest rate of `cut`; without it the library's own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     task = TASKS[options.task]
@@ -129,7 +131,7 @@ def main() -> None:
     for seed in options.seeds:
         for kind, keep in jobs:
             same = {"what": options.what, "task": options.task, "seed": seed, "epochs": options.epochs}
-            same |= {"kind": kind, "keep": keep} if kind else {"share": options.share, "method": options.method}
+            same |= {"kind": kind, "keep": keep} if kind else {"share": options.share, "method": options.method, "lr": options.lr}
             rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
             if any(all(row.get(k) == v for k, v in same.items()) for row in rows):
                 continue

@@ -124,13 +124,25 @@ def networks(data: dict[str, Any]) -> Rows:
 
 
 def recovered(rows: list[dict[str, Any]]) -> Rows:
-    """benchmarks/results/recover.json: training back."""
-    cells = [f"{row['task']} ÷{row['share']:g} by {row['method'].split('/')[0]}, {row['epochs']:g} epochs, {row['without_training']:.2f} -> "
-             f"**{row['recovered']:.2f}**" for row in rows if row["what"] == "cut"]  # fmt: skip
-    cells += [f"{row['task']} with {row['keep']:.0%} of its weights, {row['epochs']:g} epochs, {row['kind'].replace('_', '-')} **{row['top1']:.2f}**"
-              for row in rows if row["what"] == "sparse"]  # fmt: skip
-    if cells:
-        yield "CIFAR-10, trained back (1 seed), top-1", "; ".join(cells)
+    """benchmarks/results/recover.json: training back; the runs on the smallest network are in the file alone."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["task"] != "ic_resnet8":
+            groups.setdefault(tuple(row.get(key) for key in ("what", "task", "share", "keep", "epochs", "method", "kind", "lr")), []).append(row)
+    cut, sparse = [], []
+    for (what, task, share, keep, epochs, method, kind, lr), same in groups.items():
+        if what == "cut":
+            rate = f" at a rate of {lr:g}" if lr else ""
+            before = statistics.fmean(row["without_training"] for row in same)
+            name = f"{task} ÷{share:g} by {method.split('/')[0].replace('_', ' ')}, {epochs:g} epochs{rate}"
+            cut.append(f"{name}: {before:.2f} -> **{_spread([row['recovered'] for row in same])}**")
+        else:
+            name = f"{task} with {keep:.0%} of its weights, {epochs:g} epochs, {kind.replace('_', '-')}"
+            sparse.append(f"{name} **{_spread([row['top1'] for row in same])}**")
+    if cut:
+        yield "CIFAR-10, trained back with the dense network as teacher, top-1", "; ".join(cut)
+    if sparse:
+        yield "CIFAR-10, weights gone by a schedule while the trained network is trained on, top-1", "; ".join(sparse)
 
 
 def regularised(data: dict[str, Any]) -> Rows:
@@ -174,6 +186,13 @@ def quantised(data: dict[str, Any]) -> Rows:
     yield "int8 beside half of the MACs (no training), one thread: time, of the dense time", "; ".join(cells)
 
 
+def advised(data: dict[str, Any]) -> Rows:
+    """benchmarks/results/advise.json: one command that tries every way."""
+    tried = [row for row in data["rows"] if row["state"] == "measured"]
+    cells = [f"{row['name']} **{row['ratio']:.2f}** for {row['lost']:.1f} ± {row['interval']:.1f} points" for row in tried]
+    yield f"`secateur advise` on {data['model']}: time, of the dense time; {len(tried)} points in {data['seconds']:.0f} s, no training", "; ".join(cells)
+
+
 def blockwise(rows: list[dict[str, Any]]) -> Rows:
     """benchmarks/results/blocks.json: blocks trained to give what the dense ones give."""
     cells = [f"{row['task']} {row['start']} {row['without']:.2f} -> **{row['with']:.2f}**" for row in rows]
@@ -190,6 +209,7 @@ SOURCES: dict[str, tuple[str, Callable[[Any], Rows]]] = {
     "blocks.json": ("python -m benchmarks.blocks", blockwise),
     "export.json": ("python -m benchmarks.export", exported),
     "quantise.json": ("python -m benchmarks.quantise", quantised),
+    "advise.json": ("python -m benchmarks.advise", advised),
 }
 
 
