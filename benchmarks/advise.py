@@ -48,8 +48,8 @@ def advised(minutes: float) -> dict[str, Any]:
         seconds = time.monotonic() - begin
         found = json.loads((out / "advise.json").read_text())
     rows = [{key: row[key] for key in SHOWN if row.get(key) is not None} for row in found["rows"]]
-    told = {"minutes": minutes, "seconds": seconds, "threads": torch.get_num_threads(), "load_average": os.getloadavg()[:2]}
-    return {"model": "resnet56", **told, "dense": found["dense"], "rows": rows, "verdict": found["verdict"], "hardware": hardware(), "versions": versions()}
+    told = {"minutes": minutes, "seconds": seconds, "cores": torch.get_num_threads(), "load_average": os.getloadavg()[:2], "hardware": hardware()}
+    return {"model": "resnet56", **told, "dense": found["dense"], "rows": rows, "verdict": found["verdict"], "versions": versions()}
 
 
 def main() -> None:

@@ -190,7 +190,8 @@ def advised(data: dict[str, Any]) -> Rows:
     """benchmarks/results/advise.json: one command that tries every way."""
     tried = [row for row in data["rows"] if row["state"] == "measured"]
     cells = [f"{row['name']} **{row['ratio']:.2f}** for {row['lost']:.1f} ± {row['interval']:.1f} points" for row in tried]
-    yield f"`secateur advise` on {data['model']}: time, of the dense time; {len(tried)} points in {data['seconds']:.0f} s, no training", "; ".join(cells)
+    what = f"`secateur advise` on {data['model']}: {len(tried)} points in {data['seconds']:.0f} s, no training; time, of the dense time"
+    yield what, "; ".join(cells)
 
 
 def blockwise(rows: list[dict[str, Any]]) -> Rows:
