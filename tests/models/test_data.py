@@ -172,6 +172,33 @@ def test_an_unknown_name():
     refused("cifar", r"'cifar' is no data set", r"digits, imagefolder:DIR, npz:FILE")
 
 
+BROKEN = """
+import torch
+class Broken:
+    def __init__(self, whole, times):
+        self.whole, self.times = whole, times
+    def __len__(self):
+        return 3
+    def __iter__(self):
+        self.times -= 1
+        for _ in range(3 if self.times >= 0 else self.whole):
+            yield torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64)
+        if self.times < 0:
+            raise OSError("image 7 is gone")
+def at_once(): return Broken(0, 0)
+def later(): return Broken(1, 2)
+"""
+
+
+def test_data_that_stops_is_an_error_of_the_data(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    refused(f"{tmp_path}/broken.py:at_once", r"stopped after 0 batches with OSError: image 7 is gone", r"read to their end")
+    data = load_data(f"{tmp_path}/broken.py:later")
+    assert len(data.train) == 3 and len(list(data.train)) == 3
+    with pytest.raises(DataError, match=r"broken.py:later stopped after 1 batches with OSError: image 7 is gone"):
+        list(data.train)
+
+
 def test_wrong_names_in_a_file(tmp_path):
     np.savez(tmp_path / "d.npz", pictures=images())
     refused(f"npz:{tmp_path / 'd.npz'}", r"holds pictures, and no images", r"Name the inputs one of images")

@@ -12,7 +12,7 @@ from numpy import ascontiguousarray, ndarray
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from secateur.errors import DataError
+from secateur.errors import DataError, SecateurError
 from secateur.measure.run import batch_of
 from secateur.models.names import import_function
 
@@ -54,6 +54,31 @@ class Data:
         if isinstance(batch, dict):
             return (), {k: v[:rows].clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
         return ((batch[0] if isinstance(batch, (tuple, list)) else batch)[:rows].clone(),), {}
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a user's function returned; whatever it raises while it is gone through comes back as a DataError that names it."""
+
+    name: str
+    items: Any
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Any]:
+        given = 0
+        try:
+            for item in self.items:
+                given += 1
+                yield item
+        except SecateurError:
+            raise
+        except Exception as error:  # whatever reading a user's files raises
+            raise DataError(
+                f"--data {self.name} stopped after {given} batches with {type(error).__name__}: {error}.\n"
+                "  Return batches that can be read to their end."
+            ) from error
 
 
 def load_data(spec: str, *, batch_size: int = 128, test_share: float = 0.2, seed: int = 0) -> Data:
@@ -263,7 +288,8 @@ def _read_images(root: Path, spec: str) -> tuple[Tensor, Tensor]:
 def _from_batches(spec: str, made: Any) -> Data:
     """What a user's function returned, when it is batches: (train, test) or one iterable for both."""
     pair = made if isinstance(made, tuple) and len(made) == 2 else (made, made)
-    parts = [part if hasattr(part, "__len__") else list(part) for part in pair if hasattr(part, "__iter__")]
+    told = [part if isinstance(part, (list, tuple)) else Told(spec, part) for part in pair if hasattr(part, "__iter__")]
+    parts = [list(part) if isinstance(part, Told) and not hasattr(part.items, "__len__") else part for part in told]
     if len(parts) != 2:
         raise DataError(f"--data {spec} returned a {type(made).__name__}.\n  Return (inputs, labels), a list of "
                         "batches such as a DataLoader, or (train batches, test batches).")  # fmt: skip
