@@ -233,8 +233,9 @@ def test_what_cannot_be_meant_is_refused_at_once(run):
 
 def test_the_folder_of_a_model_stays_what_it_is(tmp_path):
     """Its report has the name that an advice's has."""
-    model, args = load_model(NET).model, load_model(NET).example_inputs
-    folder = sc.save(sc.prune(model, args, sc.MACs(at_most="70%"), repair="none"), tmp_path / "out")
+    loaded = load_model(NET)
+    args, kwargs = example_inputs(loaded, load_data(ROWS), [])
+    folder = sc.save(sc.prune(loaded.model, args, sc.MACs(at_most="70%"), kwargs=kwargs, repair="none"), tmp_path / "out")
     before = sorted(path.name for path in folder.iterdir())
     with pytest.raises(InputError, match="holds a pruned model"):
         search(folder)
