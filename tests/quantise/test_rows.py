@@ -63,6 +63,19 @@ def test_error_is_the_euclidean_one_over_everything():
     assert math.isnan(error(found, wanted))
 
 
+def test_equal_infinities_are_no_error():
+    """A mask of classes is minus infinity in every precision."""
+    wanted = [[np.array([[3.0, -np.inf, 4.0]], dtype=np.float32)]]
+    assert error(wanted, wanted) == 0
+    assert error([[np.array([[3.0, -np.inf, 4.5]], dtype=np.float32)]], wanted) == pytest.approx(0.1)
+    assert error([[np.array([[3.0, 0.0, 4.0]], dtype=np.float32)]], wanted) == math.inf
+
+
+def test_outputs_that_are_decisions_tell_no_error():
+    with pytest.raises(InputError, match="none of floating point"):
+        error([[np.arange(3)]], [[np.arange(3)]])
+
+
 def test_accuracy_takes_the_outputs_call_by_call():
     test = parts(batches(10, 13), ((X[:1],), {}), None, whole=False, at_most=None)
     right = [[np.eye(23, dtype=np.float32)[p.labels.numpy()]] for p in test]

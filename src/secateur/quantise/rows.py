@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.calibrate.batches import read
-from secateur.errors import DataError
+from secateur.errors import DataError, InputError
 from secateur.export.capture import plain
 from secateur.export.runner import Call
 from secateur.measure.run import at_rest, batch_of, forward
@@ -109,11 +109,21 @@ def accuracy(outputs: Sequence[Sequence[np.ndarray]], test: Sequence[Part], at: 
 
 
 def error(found: Sequence[Sequence[np.ndarray]], wanted: Sequence[Sequence[np.ndarray]]) -> float:
-    """|found - wanted| / |wanted|, Euclidean, over all outputs of floating point of all calls; NaN if `found` has one."""
-    off = size = 0.0
+    """|found - wanted| / |wanted|, Euclidean, over all outputs of floating point of all calls; NaN if `found` has one that `wanted` has not.
+
+    Infinities are masks: where both have the same there is no difference, and they do not count in |wanted|.
+
+    Raises:
+        InputError: no output is of floating point, so that nothing is measured.
+    """
+    off, size, floating = 0.0, 0.0, False
     for ours, theirs in zip(found, wanted, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             if np.issubdtype(b.dtype, np.floating):
-                off += float(np.sum((a.astype(np.float64) - b) ** 2))
-                size += float(np.sum(b.astype(np.float64) ** 2))
+                a, b, floating = a.astype(np.float64), b.astype(np.float64), True
+                same = (a == b) | (np.isnan(a) & np.isnan(b))
+                off += float(np.sum(np.subtract(a, b, where=~same, out=np.zeros_like(b)) ** 2))
+                size += float(np.sum(b[np.isfinite(b)] ** 2))
+    if not floating:
+        raise InputError("int8 is compared by its outputs, and the model returns none of floating point.\n  Let it return scores, not decisions.")
     return math.sqrt(off / size) if size else math.sqrt(off)

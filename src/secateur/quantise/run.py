@@ -28,6 +28,7 @@ from secateur.models.data import Data
 from secateur.quantise import by_nncf, by_onnxruntime
 from secateur.quantise.judge import verdict, warnings
 from secateur.quantise.rows import Part, accuracy, error, parts, scores_at
+from secateur.report.facts import plain
 
 FACTS, FORMAT = "quantised.json", "secateur-quantised/1"
 RUNTIMES: Mapping[str, tuple[Any, str]] = {"onnxruntime": (by_onnxruntime, "onnx"), "openvino": (by_nncf, "openvino")}
@@ -114,7 +115,8 @@ class Quantised:
     runtime: str
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "path": str(self.path)}
+        """For JSON, which has no NaN: an error that is none is null."""
+        return dict(plain({**asdict(self), "path": str(self.path)}))
 
 
 def int8_file(source: File, target: str | Path, calls: Sequence[Call], how: How | None = None) -> list[str]:
