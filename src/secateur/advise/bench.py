@@ -87,7 +87,9 @@ class Bench:
                     calls[name] = self._prepared(model, name, stack)
                 except ModelError as error:
                     self.notes.append(f"no time on {name}: {error}".replace("\n ", ""))
-            return self.calls(calls or {TORCH: self._prepared(model, TORCH, stack)})
+            calls = calls or {TORCH: self._prepared(model, TORCH, stack)}
+            with at_rest(model):
+                return self.calls(calls)
 
     def zeros_of(self, model: nn.Module) -> tuple[Timed, Converted | None]:
         """A model whose weights have zeros: with sparse layers, or as the dense model where that is quicker, since elsewhere zeros are numbers
@@ -102,7 +104,7 @@ class Bench:
         as_dense = self.itself()
         if found is None or not found.chosen:
             return as_dense, found
-        with ExitStack() as stack:
+        with ExitStack() as stack, at_rest(found.model):
             timed = self.calls({SPARSE: self._prepared(found.model, TORCH, stack)})
         return (timed if timed.ratio < 1 else replace(as_dense, each={**as_dense.each, **timed.each})), found
 
