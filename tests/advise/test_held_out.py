@@ -8,6 +8,7 @@ from torch import nn
 
 from secateur.advise.held_out import HeldOut
 from secateur.errors import DataError, InputError
+from secateur.models.quality import accuracy
 
 
 class Scores(nn.Module):
@@ -52,6 +53,20 @@ def test_without_labels_it_is_the_rows_with_another_winner():
     differ = sum(int(dense[i].argmax()) != int(other[i].argmax()) for i in range(50))
     assert held.metric == "agreement"
     assert held.lost(Scores(other)).points == pytest.approx(2 * differ) and differ > 0
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_rows_of_nan_are_lost(labelled):
+    """argmax takes the first NaN for the largest score, which here stands where it should."""
+    dense, other = torch.zeros(8, 3), torch.zeros(8, 3)
+    dense[:, 0] = other[:, 0] = 1.0
+    other[:6] = float("nan")
+    x = numbered(8)
+    batches = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in x] if labelled else x
+    held = HeldOut(Scores(dense), batches, labelled, True, calls)
+    assert held.lost(Scores(other)).points == 75.0
+    if labelled:
+        assert accuracy(Scores(other), batches) == 0.25
 
 
 def test_tokens_of_a_row_count_as_one_row():

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from secateur.errors import DataError, InputError
 from secateur.measure import at_rest
 from secateur.measure.run import forward
-from secateur.models.quality import scored
+from secateur.models.quality import hits, scored
 
 NORMAL = 1.96  # 95 % of a normal distribution lie within so many standard deviations
 ACCURACY, AGREEMENT, ERROR = "accuracy", "agreement", "error"
@@ -94,8 +94,10 @@ class HeldOut:
     def _of(self, found: Tensor, labels: Tensor | None) -> Tensor:
         if self.metric == ACCURACY:
             assert labels is not None
-            return found.argmax(1) == labels
-        return found.argmax(-1) if self.metric == AGREEMENT else found.float()
+            return hits(found, labels)
+        if self.metric == ERROR:
+            return found.float()
+        return torch.where(found.isnan().any(-1), -1, found.argmax(-1))  # no winner among NaN, though argmax names one
 
     def _output(self, model: nn.Module, batch: Any) -> Tensor:
         found = forward(model, *self.calls(batch))

@@ -23,7 +23,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     right = rows = 0
     with at_rest(model):
         for scores, labels in scored(model, batches, of(batches)):
-            right += int((scores.argmax(1) == labels).sum())
+            right += int(hits(scores, labels).sum())
             rows += len(labels)
     found = of(batches).total("accuracy", {"right": torch.tensor(right), "rows": torch.tensor(rows)})
     return int(found["right"]) / int(found["rows"])
@@ -65,6 +65,12 @@ def scored(model: nn.Module, batches: Iterable[Any], processes: Alone = ALONE) -
         yield scores, labels.to(scores.device)
     if not rows:
         raise DataError("Accuracy of no rows: the data set is empty.\n  Give at least one batch.")
+
+
+def hits(scores: Tensor, labels: Tensor) -> Tensor:
+    """Whether each row's largest score is at its label: True or False, (rows,). A row with NaN says nothing, so it is not right, though
+    `argmax` names the place of the NaN."""
+    return (scores.argmax(1) == labels) & ~scores.isnan().any(1)
 
 
 def _whole(labels: Any) -> Tensor:
