@@ -109,3 +109,16 @@ def test_a_capture_that_fails_leaves_no_marks_on_the_inputs():
     found, why = captured(Calls(lambda y: y.view(y.shape[0], -1, 2 * y.shape[0])), (x,), {})
     assert found is not None, why
     assert not [name for name in vars(x) if "dynamic" in name]
+
+
+def test_an_onnx_file_goes_where_a_file_can_be(tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    (tmp_path / "file").write_text("mine")
+    model, args = nn.Linear(4, 4), (torch.randn(2, 4),)
+    with pytest.raises(InputError, match="is a folder; the file needs a name"):
+        export.onnx_file(model, args, tmp_path)
+    for place in ("file/m.onnx", f"{'a' * 250}.onnx"):
+        with pytest.raises(FormatError, match="could not be written"):
+            export.onnx_file(model, args, tmp_path / place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from secateur.errors import ModelError
+from secateur.errors import FormatError, InputError, ModelError
 from secateur.export.capture import Captured, capture, named, named_within
 from secateur.export.runner import File
 from secateur.measure.runtimes.onnx_file import quietly, required, write_onnx
@@ -31,16 +31,21 @@ def onnx_file(model: nn.Module, args: tuple, path: str | Path, kwargs: Mapping[s
 
     Raises:
         ModelError: a package is missing, the model has sparse layers, or an operator has no form in ONNX (the message names it and its layer).
-        CaptureError: `torch.export` cannot follow the model.
+        CaptureError: `torch.export` cannot follow the model. InputError: the path is a folder. FormatError: it cannot be written to.
     """
     required("onnx", "onnxruntime", "onnx", "onnxscript")
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; the file needs a name.\n  Add one: {path / 'model.onnx'}.")
     captured = capture(model, args, kwargs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        write(captured, Path(folder) / path.name)
-        for made in sorted(Path(folder).iterdir(), key=lambda p: p.name == path.name):  # the weights first, what names them last
-            os.replace(made, path.parent / made.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            write(captured, Path(folder) / path.name)
+            for made in sorted(Path(folder).iterdir(), key=lambda p: p.name == path.name):  # the weights first, what names them last
+                os.replace(made, path.parent / made.name)
+    except OSError as error:
+        raise FormatError(f"{path} could not be written: {error.strerror or error}.\n  Make room, or choose another folder.") from error
     return path
 
 
