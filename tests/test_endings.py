@@ -22,6 +22,7 @@ from secateur.errors import DataError, InputError
 ROOT = Path(__file__).parent.parent
 SECATEUR = [sys.executable, "-m", "secateur"]
 BEGIN = [sys.executable, "-c", "import sys, secateur_start; sys.exit(secateur_start.main())"]  # what the command `secateur` is
+SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 NET = """
 import sys, time, torch
 
@@ -70,8 +71,9 @@ def tree(path):
 
 # ---------------------------------------------------------------- stopped
 def heard():
-    """In a new process: SIGINT is no longer passed over, as it is below a shell that put the tests into the background."""
+    """In a new process: SIGINT is no longer passed over, as it is below a shell that put the tests into the background, nor SIGHUP below nohup."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def stopped(folder, factory, number, *arguments):
@@ -90,11 +92,13 @@ def stopped(folder, factory, number, *arguments):
         return process.wait(60), said, process.stdout.read()
 
 
-@pytest.mark.parametrize("factory, number", [("loading", signal.SIGINT), ("writing", signal.SIGTERM), ("reporting", signal.SIGINT)])
+@pytest.mark.parametrize("factory, number", [
+    ("loading", signal.SIGINT), ("writing", signal.SIGTERM), ("writing", signal.SIGHUP), ("reporting", signal.SIGINT),
+])  # fmt: skip
 def test_a_signal_leaves_no_half_files(factory, number, folder):
     before = tree(folder)
     code, said, out = stopped(folder, factory, number, "-o", "out")
-    assert (code, said) == ((130, "secateur: interrupted\n") if number == signal.SIGINT else (143, "secateur: terminated\n"))
+    assert (code, said) == (128 + number, f"secateur: {SAID[number]}\n")
     assert out == ""
     after = tree(folder)
     if factory == "reporting":  # the model was whole by then
@@ -112,7 +116,7 @@ def test_a_signal_while_writing_leaves_the_folder_before(folder):
     assert tree(folder) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", list(SAID))
 def test_it_can_be_stopped_while_torch_is_imported(number, folder):
     (folder / "torch").mkdir()
     (folder / "torch" / "__init__.py").write_text("import sys, time\nprint('now', file=sys.stderr, flush=True)\ntime.sleep(60)\n")
@@ -120,7 +124,7 @@ def test_it_can_be_stopped_while_torch_is_imported(number, folder):
     with subprocess.Popen([*BEGIN, "demo"], env=surroundings, preexec_fn=heard, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr.readline() == "now\n"
         process.send_signal(number)
-        assert process.stderr.read() == ("secateur: interrupted\n" if number == signal.SIGINT else "secateur: terminated\n")
+        assert process.stderr.read() == f"secateur: {SAID[number]}\n"
         assert process.wait(60) == 128 + number
 
 
@@ -199,7 +203,7 @@ def test_exit_codes():
     for work, code in codes:
         assert ending(work) == code
     documented = set(map(int, re.findall(r"\b(\d+) ", CODES)))
-    assert documented == {code for _, code in codes} | {143}
+    assert documented == {code for _, code in codes} | {129, 143}
 
 
 def test_memory_that_runs_out_is_no_defect(capsys):

@@ -1,6 +1,7 @@
 """How a command ends: with which exit code, and what it says when it is not done.
 
-Interrupted (Ctrl-C, SIGINT) or told to stop (SIGTERM), a command unwinds like any error, so that temporary files are removed on the way.
+Interrupted (Ctrl-C, SIGINT), told to stop (SIGTERM) or left by its terminal (SIGHUP), a command unwinds like any error, so that
+temporary files are removed on the way.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import torch
 from secateur import terminal
 from secateur.errors import InputError, SecateurError
 
-DONE, REFUSED, WRONG, DEFECT, INTERRUPTED, NO_READER, TERMINATED = 0, 1, 2, 3, 130, 141, 143
+DONE, REFUSED, WRONG, DEFECT, HUNG_UP, INTERRUPTED, NO_READER, TERMINATED = 0, 1, 2, 3, 129, 130, 141, 143
+STOPPED = {HUNG_UP: "hung up", INTERRUPTED: "interrupted", TERMINATED: "terminated"}
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 CODES = (
     "Exit codes: 0 done; 1 refused, nothing was changed; 2 wrong usage; 3 a defect of secateur; "
-    "130 interrupted and 143 terminated, without half-written files; 141 nobody reads the output."
+    "129 hung up, 130 interrupted and 143 terminated, without half-written files; 141 nobody reads the output."
 )
 _AGAIN = 1.0  # seconds in which a second signal is the same impatience as the first
 
@@ -43,9 +46,12 @@ def ending(work: Callable[[], object], debug: bool = False, last: bool = False) 
         sys.stdout.flush()
     except BrokenPipeError:
         code = NO_READER
-    if code in (INTERRUPTED, TERMINATED):
+    except OSError:
+        if code not in STOPPED:  # a terminal that is gone takes nothing any more
+            raise
+    if code in STOPPED:
         with suppress(OSError):
-            terminal.error("interrupted" if code == INTERRUPTED else "terminated")
+            terminal.error(STOPPED[code])
     if code == NO_READER:  # what is still held back would fail once more when Python ends
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -97,7 +103,7 @@ def _has_no_reader(stop: BaseException | None) -> bool:
 
 @contextmanager
 def _stoppable(last: bool) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt within the block; the list then holds the signal.
+    """SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt within the block; the list then holds the signal.
 
     One that follows within a second is ignored: it would interrupt the removal of temporary files.
     """
@@ -111,7 +117,7 @@ def _stoppable(last: bool) -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     mine = threading.current_thread() is threading.main_thread()
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if mine and signal.getsignal(n) is not signal.SIG_IGN]
+    numbers = [n for n in SIGNALS if mine and signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield stopped
