@@ -685,6 +685,13 @@ MUTANTS: list[Mutant] = [
         ('tests/recover/test_recover.py',),
     ),
     Mutant(
+        'statistics of one row are kept',
+        'secateur/recover/loop.py',
+        'if rows_of(batch) == 1 and not all(',
+        'if rows_of(batch) == 0 and not all(',
+        ('tests/recover/test_recover.py::test_a_batch_of_one_row_does_not_spoil_the_statistics',),
+    ),
+    Mutant(
         'a checkpoint of other settings is taken',
         'secateur/recover/checkpoint.py',
         '    if before != now:',
@@ -904,8 +911,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "a search that ends a silent stage once, and not when that was swallowed",
         "secateur/advise/clock.py",
-        "_AGAIN = 1.0",
-        "_AGAIN = 0.0",
+        "max(seconds, 1e-3), _AGAIN)",
+        "max(seconds, 1e-3), 0.0)",
         ("tests/advise/test_advise.py",),
     ),
 ]

@@ -64,7 +64,8 @@ def recover(  # noqa: PLR0913  # the one call; every parameter is a choice of it
 
     Raises:
         TrainingError: the loss or a gradient is not finite; the model is as it was at the last checkpoint.
-        DataError: the data fails, and what was reached is in `folder` (of several processes the last checkpoint); or it does not fit.
+        DataError: the data fails, and what was reached is in `folder` (of several processes the last checkpoint); or it does not fit, and the
+            model is as it was at the last checkpoint.
         InputError, FormatError: a checkpoint of another run, or one that cannot be read or written.
     """
     run = Run(model, Order(data, (how or Training()).batch, (how or Training()).seed), how or Training(), engine((how or Training()).shard))
@@ -191,7 +192,7 @@ class Run:
         own = part_of(batch, self.engine.rank, world) if rows >= world else batch  # of fewer rows than processes all take all
         share = rows_of(own) * world / rows if rows >= world else 1.0
         self.optimizer.zero_grad(set_to_none=True)
-        value = self._loss(own) * share
+        value = self._fitting(own) * share
         self.engine.backward(value)
         norm = torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None], how.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -204,6 +205,24 @@ class Run:
                 for name, p in self.model.named_parameters():
                     self.shadow[name].lerp_(p.detach(), 1 - how.ema)
         return found
+
+    def _fitting(self, batch: Any) -> Tensor:
+        """The loss of a batch.
+
+        Raises:
+            DataError: the batch does not fit; the model is as it was at the last checkpoint.
+        """
+        try:
+            value = self._loss(batch)
+            if rows_of(batch) == 1 and not all(bool(torch.isfinite(b).all()) for b in self.model.buffers() if b.is_floating_point()):
+                raise ValueError("a norm over the batch has no variance")  # modules say so themselves, operators of a graph do not
+        except (IndexError, RuntimeError, ValueError) as error:
+            if self.engine.world == 1:  # the others may have no error, and spread weights are put back by all or by none
+                checkpoint.put(self.model, self.good)
+            alone = "  One row alone cannot be normalised: choose another batch size." if rows_of(batch) == 1 else ""
+            raise DataError(f"The batch of step {self.step} does not fit: {(str(error).splitlines() or [''])[0][:200].rstrip('.')}.\n"
+                            f"{alone or '  Give rows and labels as the model and the loss take them.'}") from error  # fmt: skip
+        return value
 
     def _loss(self, batch: Any) -> Tensor:
         how = self.how

@@ -25,11 +25,15 @@ def task_loss(output: Any, labels: Tensor) -> Tensor:
         DataError: labels that do not fit the output.
     """
     scores = scores_of(output)
+    if not isinstance(scores, Tensor):
+        raise DataError(f"The model gives a {type(scores).__name__}, and nothing in it is known to be scores.\n"
+                        "  Give them alone, first in a tuple or as logits in a dict; or pass loss=.")  # fmt: skip
     if labels.is_floating_point():
         if labels.shape != scores.shape:
             raise DataError(f"The model gives {tuple(scores.shape)} and the labels are numbers of {tuple(labels.shape)}.\n"
                             "  Give one for each output, or pass loss=.")  # fmt: skip
         return F.mse_loss(scores, labels)
+    labels = labels.long()  # cross_entropy takes no other whole numbers
     images = scores.dim() == 4 and (len(scores), *scores.shape[2:]) == tuple(labels.shape)  # also where all three are as long
     if not images and scores.dim() == labels.dim() + 1 and scores.shape[:-1] == labels.shape:
         return F.cross_entropy(scores.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
