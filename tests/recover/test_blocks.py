@@ -229,3 +229,10 @@ def test_a_block_that_is_called_twice_is_left():
             p.mul_(0.5)
     done = reconstruct(model, dense(Twice), list(inputs().split(10)), Reconstruction(steps=3))
     assert [b.layer for b in done.blocks] == ["blocks.1"] and "blocks.0" in done.notes[0]
+
+
+def test_a_teacher_of_other_outputs_is_refused():
+    teacher = dense()
+    teacher.last = nn.Linear(16, 1)  # it would be spread over all outputs
+    with pytest.raises(InputError, match="the teacher .*, 1"):
+        reconstruct(pruned().model, teacher, [inputs()], Reconstruction(2))

@@ -281,6 +281,23 @@ def test_a_teacher_alone_teaches():
         recover(net(), Batches(x, None, 32), Training(epochs=1))
 
 
+def test_a_teacher_of_other_outputs_is_refused():
+    for outputs in (1, 7):  # one would be spread over all classes
+        teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, outputs))
+        with pytest.raises(DataError, match=rf"\(32, 4\) and the teacher \(32, {outputs}\)"):
+            recover(net(), rows(), Training(epochs=1), teacher=teacher)
+
+
+def test_a_teacher_is_at_rest_and_afterwards_as_it_was():
+    teacher = net(1).eval()
+    shapes = ({0: torch.export.Dim.AUTO},)
+    graph = torch.export.export(teacher, (rows().inputs[:4],), dynamic_shapes=shapes).module()  # refuses eval()
+    teacher.drop.train()
+    ours, theirs = (recover(net(), rows(), Training(epochs=1), teacher=t).history[0]["loss"] for t in (teacher, graph))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert teacher.drop.training and not teacher.training and not teacher.norm.training
+
+
 def test_inner_outputs_are_matched_by_name_and_shape():
     teacher, student = net(), net(1)
     student.layers[0], student.layers[1] = nn.Linear(8, 16), nn.Linear(16, 4)

@@ -113,7 +113,7 @@ def reconstruct(
     In several processes every one does all of it, and comes to the same.
 
     Raises:
-        InputError: no such blocks, as in a captured graph. DataError: fewer than two rows.
+        InputError: no such blocks, as in a captured graph; a teacher of other outputs. DataError: fewer than two rows.
     """
     how = how or Reconstruction()
     run = _Run(model, teacher, how, plan)
@@ -277,6 +277,9 @@ def _distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Sum of squared differences over the sum of the second one's squares."""
     apart = size = 0.0
     for found, wanted in pairs:
+        if found.shape != wanted.shape:
+            raise InputError(f"The model gives {tuple(found.shape)} and the teacher {tuple(wanted.shape)}.\n"
+                             "  Pass the teacher of this model: the one that it was cut from.")  # fmt: skip
         apart += float((found.double() - wanted.double()).square().sum())
         size += float(wanted.double().square().sum())
     return apart / max(size, 1e-300)

@@ -102,9 +102,11 @@ class Run:
             settings = {**how.to_json(), "steps": self.steps, "teacher": checkpoint.digest(checkpoint.state_of(teacher)) if teacher else None,
                         "zeros": checkpoint.digest(plan.weights) if plan else None}  # fmt: skip
             found = checkpoint.read(folder, settings, self.begun) if folder else None
-            learned = teacher.training if teacher else False
+            taught = modes.Mode(teacher) if teacher is not None else None
             with modes.training(model) as self.mode:
                 try:
+                    if taught is not None:
+                        taught.still()
                     if how.channels_last:
                         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                     self._ready(first, found, plan)
@@ -112,8 +114,8 @@ class Run:
                     self._averaged()
                 finally:
                     self._ended()
-                    if teacher is not None:
-                        teacher.train(learned)
+                    if taught is not None:
+                        taught.back()
         return Recovered(model, self.history, self.notes)
 
     def _ready(self, first: Any, found: Mapping[str, Any] | None, plan: Plan | None) -> None:
@@ -274,7 +276,7 @@ class Run:
     def _with_teacher(self, batch: Any) -> None:
         assert self.teacher is not None
         place = next(self.model.parameters()).device
-        self.teacher.to(place).eval()
+        self.teacher.to(place)
         args, kwargs, _ = parted(part_of(batch, 0, rows_of(batch)), place)  # one row
         if self.how.features:
             with self.mode.rest():

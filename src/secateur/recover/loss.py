@@ -45,7 +45,14 @@ def task_loss(output: Any, labels: Tensor) -> Tensor:
 
 def distance(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of outputs divided by the temperature T, summed over classes and averaged over the rest (Hinton et al. 2015,
-    "Distilling the Knowledge in a Neural Network"); classes are the second dimension of images, else the last."""
+    "Distilling the Knowledge in a Neural Network"); classes are the second dimension of images, else the last.
+
+    Raises:
+        DataError: the two are of other shapes.
+    """
+    if student.shape != teacher.shape:
+        raise DataError(f"The model gives {tuple(student.shape)} and the teacher {tuple(teacher.shape)}.\n"
+                        "  Pass the teacher of this model: the one that it was cut from.")  # fmt: skip
     dim = 1 if student.dim() == 4 else -1
     s, t = F.log_softmax(student.float() / temperature, dim), F.log_softmax(teacher.float() / temperature, dim)
     return temperature**2 * F.kl_div(s, t, reduction="none", log_target=True).sum(dim).mean()
