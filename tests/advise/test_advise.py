@@ -200,6 +200,7 @@ def test_a_stage_that_tells_nothing_is_stopped_too(monkeypatch):
 
     monkeypatch.setattr(Maker, "ready", silent)
     monkeypatch.setattr(RUN, "at_most", lambda seconds: at_most(0.2))
+    monkeypatch.setattr(sys.modules["secateur.advise.clock"], "_AGAIN", 1.0)
     before = signal.getsignal(signal.SIGALRM)
     done = search()
     assert swallowed

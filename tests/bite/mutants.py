@@ -685,6 +685,13 @@ MUTANTS: list[Mutant] = [
         ('tests/recover/test_recover.py',),
     ),
     Mutant(
+        'a teacher is given what the model wrote over its inputs',
+        'secateur/recover/loop.py',
+        'taught = alike((args, kwargs), self.teacher, copy=True)',
+        'taught = (args, kwargs)',
+        ('tests/recover/test_recover.py::test_a_teacher_sees_the_inputs_though_the_model_writes_over_them',),
+    ),
+    Mutant(
         'statistics of one row are kept',
         'secateur/recover/loop.py',
         'if rows_of(batch) == 1 and not all(',
@@ -732,6 +739,13 @@ MUTANTS: list[Mutant] = [
         '_inputs(self.model, name, c)',
         '_inputs(self.teacher, name, c)',
         ('tests/recover/test_blocks.py::test_it_is_the_slow_twin',),
+    ),
+    Mutant(
+        'blocks write into what they are trained on',
+        'secateur/recover/blocks.py',
+        'args, kwargs = tree_map_only(Tensor, torch.clone, call)',
+        'args, kwargs = call',
+        ('tests/recover/test_blocks.py::test_blocks_that_write_into_their_inputs_are_trained_as_those_that_do_not',),
     ),
     Mutant(
         'a block that got worse is kept',

@@ -115,6 +115,21 @@ def test_a_linear_layer_stays_within_what_rounding_can_do(how, linear, tmp_path)
     assert abs(found - exact).max() > 1e-4
 
 
+@runtimes
+def test_a_model_of_which_nothing_became_int8_says_so(how, tmp_path):
+    needs(how)
+    x = torch.rand(8, 6)
+    (source, _, _), _ = write("onnx" if how.runtime == "onnxruntime" else "openvino", nn.Softmax(1).eval(), ((x[:2],), {}), tmp_path)
+    for model, said in ((source, True), (None, False)):
+        if model is None:
+            (tmp_path / "linear").mkdir()
+            linear = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32)).eval()
+            (model, _, _), _ = write(source.format, linear, ((x[:2],), {}), tmp_path / "linear")
+        target = tmp_path / f"int8-{said}{model.path.suffix}"
+        notes = int8_file(model, target, [((part,), {}) for part in x.split(4 if how.runtime == "onnxruntime" else 1)], how)
+        assert any("nothing became int8" in note for note in notes) == said, notes
+
+
 # ---------------------------------------------------------------- zeros
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("kind", ["static", "weights"])

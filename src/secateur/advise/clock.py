@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_AGAIN = 1.0  # seconds after which it is raised again, where somebody on the way swallowed it
+_AGAIN = 10.0  # seconds after which it is raised again, where somebody on the way swallowed it; cleaning up takes less
 
 
 class OutOfTime(BaseException):

@@ -66,6 +66,15 @@ def weights(source: Path, target: Path) -> list[str]:
     return []
 
 
+def has_int8(path: Path) -> bool:
+    """Whether any constant is stored, or any value rounded, as whole numbers of 8 bits."""
+    import openvino as ov
+
+    ops = ov.Core().read_model(path).get_ops()
+    stored = (op.get_element_type().get_type_name() in ("i8", "u8") for op in ops if op.get_type_name() == "Constant" and len(op.shape) > 1)
+    return any(stored) or any(op.get_type_name() == "FakeQuantize" for op in ops)
+
+
 def zeros(path: Path) -> tuple[int, int]:
     """How many weights (entries of constants of two dimensions or more) a file has, and how many of them are exactly zero."""
     import openvino as ov

@@ -125,6 +125,15 @@ def symmetric(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes, scale
 
 
+def has_int8(path: Path) -> bool:
+    """Whether any tensor is stored, or any value made, as whole numbers of 8 bits."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    eight = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    return any(t.data_type in eight and len(t.dims) > 1 for t in graph.initializer) or any("QuantizeLinear" in n.op_type for n in graph.node)
+
+
 def zeros(path: Path) -> tuple[int, int]:
     """How many weights (entries of stored tensors of two dimensions or more) a file has, and how many of them are exactly zero.
 

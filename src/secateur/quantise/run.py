@@ -136,10 +136,14 @@ def int8_file(source: File, target: str | Path, calls: Sequence[Call], how: How 
     if source.format != format:
         raise InputError(f"{source.path.name} is {source.format}, and {how.runtime} quantises {format}.\n  Export the model for the runtime first.")
     if how.kind == "weights":
-        return list(tool.weights(source.path, Path(target)))
+        return [*tool.weights(source.path, Path(target)), *_nothing(tool, Path(target))]
     if not calls:
         raise InputError("static int8 takes the ranges of activations from calibration rows, and there are none.\n  Pass calls, or kind='weights'.")
-    return list(tool.static(source.path, Path(target), _feeds(source, calls, how), how.ranges))
+    return [*tool.static(source.path, Path(target), _feeds(source, calls, how), how.ranges), *_nothing(tool, Path(target))]
+
+
+def _nothing(tool: Any, target: Path) -> list[str]:
+    return [] if tool.has_int8(target) else ["nothing became int8: the model has no linear layer or convolution that the tool takes"]
 
 
 def quantise(
