@@ -234,5 +234,35 @@ def test_a_block_that_is_called_twice_is_left():
 def test_a_teacher_of_other_outputs_is_refused():
     teacher = dense()
     teacher.last = nn.Linear(16, 1)  # it would be spread over all outputs
-    with pytest.raises(InputError, match="the teacher .*, 1"):
+    with pytest.raises(InputError, match=r"the teacher .*, 1"):
         reconstruct(pruned().model, teacher, [inputs()], Reconstruction(2))
+
+
+class Adding(nn.Module):
+    """Adds to what it was given, in place or not."""
+
+    def __init__(self, width, inside):
+        super().__init__()
+        self.up, self.inside = nn.Linear(width, width), inside
+
+    def forward(self, x):
+        more = torch.tanh(self.up(x.clone()))
+        return (x.add_(more) if self.inside else x + more) * 1.0
+
+
+def test_blocks_that_write_into_their_inputs_are_trained_as_those_that_do_not():
+    found = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Adding(8, inside), nn.Linear(8, 4)).eval()
+        weak = copy.deepcopy(model)
+        with torch.no_grad():
+            weak[2].up.weight[:, ::2] = 0
+        found.append(reconstruct(weak, model, [inputs()], Reconstruction(20)))
+    assert found[0].blocks == found[1].blocks and found[0].after < found[0].before
+    assert all(torch.equal(a, b) for a, b in zip(found[0].model.parameters(), found[1].model.parameters(), strict=True))
+
+
+def test_a_teacher_of_less_precision_teaches_too():
+    found = reconstruct(pruned().model, dense().bfloat16(), [inputs()], Reconstruction(20))
+    assert found.after < found.before

@@ -298,6 +298,30 @@ def test_a_teacher_is_at_rest_and_afterwards_as_it_was():
     assert teacher.drop.training and not teacher.training and not teacher.norm.training
 
 
+class Tripling(nn.Module):
+    """Three times its inputs go through, written over them or not."""
+
+    def __init__(self, inside, seed=0):
+        super().__init__()
+        self.net, self.inside = net(seed, dropout=0.0), inside
+
+    def forward(self, x):
+        return self.net(x.mul_(3.0) if self.inside else x * 3.0)
+
+
+def test_a_teacher_sees_the_inputs_though_the_model_writes_over_them():
+    told = [recover(Tripling(inside), rows(), Training(epochs=1), teacher=Tripling(inside, 1)).history[0]["loss"] for inside in (False, True)]
+    assert told[0] == told[1]
+
+
+def test_inputs_have_the_dtype_of_each_model():
+    how = Training(epochs=1, features=0.1)
+    fine = recover(net(dropout=0.0), rows(), how, teacher=net(1)).history[0]["loss"]
+    coarse = recover(net(dropout=0.0).bfloat16(), rows(), how, teacher=net(1), valid=rows(40, seed=1))
+    assert coarse.model.conv.weight.dtype == torch.bfloat16 and coarse.history[0]["loss"] == pytest.approx(fine, rel=0.05)
+    assert recover(net(dropout=0.0), rows(), how, teacher=net(1).bfloat16()).history[0]["loss"] == pytest.approx(fine, rel=0.05)
+
+
 def test_inner_outputs_are_matched_by_name_and_shape():
     teacher, student = net(), net(1)
     student.layers[0], student.layers[1] = nn.Linear(8, 16), nn.Linear(16, 4)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from secateur.errors import DataError, InputError
 from secateur.masks.hold import hold, zero
@@ -31,7 +32,7 @@ from secateur.plan import Plan
 from secateur.recover import checkpoint
 from secateur.recover import loss as losses
 from secateur.recover.order import rows_from, rows_of
-from secateur.recover.validate import parted
+from secateur.recover.validate import alike, parted
 from secateur.repair.chunks import ROWS
 
 HELD_OUT = 5  # every fifth batch decides whether a block is kept, and is not trained on
@@ -117,7 +118,7 @@ def reconstruct(
     """
     how = how or Reconstruction()
     run = _Run(model, teacher, how, plan)
-    train, tests = _shares(data, how.rows, next(model.parameters()).device)
+    train, tests = _shares(data, how.rows, model)
     begun = checkpoint.digest(checkpoint.state_of(model))
     settings = {**asdict(how), "teacher": checkpoint.digest(checkpoint.state_of(teacher)),
                 "zeros": checkpoint.digest(plan.weights) if plan else None}  # fmt: skip
@@ -166,13 +167,13 @@ class _Run:
         Raises:
             InputError: there are none.
         """
-        names = losses.matched(self.model, self.teacher, lambda m: m(*call[0], **call[1]))
+        names = losses.matched(self.model, self.teacher, lambda m: _called(m, call))
         names = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
         counts = Counter[str]()
         modules = dict(self.model.named_modules())
         handles = [modules[n].register_forward_pre_hook(lambda *_, n=n: counts.update([n])) for n in names]
         try:
-            self.model(*call[0], **call[1])
+            _called(self.model, call)
         finally:
             for handle in handles:
                 handle.remove()
@@ -189,7 +190,7 @@ class _Run:
 
     def whole(self, calls: list[Call]) -> float:
         """The distance of the two outputs."""
-        return _distance((scores_of(self.model(*args, **kwargs)), scores_of(self.teacher(*args, **kwargs))) for args, kwargs in calls)
+        return _distance((scores_of(_called(self.model, call)), scores_of(_called(self.teacher, call))) for call in calls)
 
     def block(self, name: str, train: list[Call], tests: list[Call], number: int) -> Block:
         """Train one block and keep it, or put it back."""
@@ -216,8 +217,8 @@ class _Run:
         order = chain.from_iterable(torch.randperm(len(pairs), generator=drawn).tolist() for _ in range(-(-self.how.steps // len(pairs))))
         for step, at in zip(range(self.how.steps), order, strict=False):
             optimizer.param_groups[0]["lr"] = self.how.lr * 0.5 * (1 + math.cos(math.pi * step / self.how.steps))
-            (args, kwargs), wanted = pairs[at]
-            value = (_first(module(*args, **kwargs)) - wanted).float().square().sum() / wanted.float().square().sum().clamp_min(1e-12)
+            call, wanted = pairs[at]
+            value = (_given(module, call) - wanted).float().square().sum() / wanted.float().square().sum().clamp_min(1e-12)
             value.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             if not bool(torch.isfinite(norm)):
@@ -231,6 +232,12 @@ class _Run:
 
 
 # ---------------------------------------------------------------- what goes into a block and what comes out
+def _called(model: nn.Module, call: Call) -> Any:
+    """What a whole model gives; the inputs are there for the next time too, though it may write into them."""
+    args, kwargs = alike(call, model, copy=True)
+    return model(*args, **kwargs)
+
+
 def _inputs(model: nn.Module, name: str, call: Call) -> Call:
     """What a block is called with, its tensors detached."""
     seen = list[Call]()
@@ -258,7 +265,7 @@ def _output(model: nn.Module, name: str, call: Call) -> Tensor:
 
 def _until(model: nn.Module, call: Call, handle: Any) -> None:
     try:
-        model(*call[0], **call[1])
+        _called(model, call)
     except _Reached:
         pass
     finally:
@@ -269,8 +276,14 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+def _given(module: nn.Module, call: Call) -> Tensor:
+    """What a block gives; its inputs are there for the next time too, though it may write into them."""
+    args, kwargs = tree_map_only(Tensor, torch.clone, call)
+    return _first(module(*args, **kwargs))
+
+
 def _error(module: nn.Module, pairs: list[tuple[Call, Tensor]]) -> float:
-    return _distance((_first(module(*args, **kwargs)), wanted) for (args, kwargs), wanted in pairs)
+    return _distance((_given(module, call), wanted) for call, wanted in pairs)
 
 
 def _distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -285,7 +298,7 @@ def _distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     return apart / max(size, 1e-300)
 
 
-def _shares(data: Iterable[Any], rows: int, place: torch.device) -> tuple[list[Call], list[Call]]:
+def _shares(data: Iterable[Any], rows: int, model: nn.Module) -> tuple[list[Call], list[Call]]:
     """Calls to train on, and calls that are held out.
 
     Raises:
@@ -302,7 +315,7 @@ def _shares(data: Iterable[Any], rows: int, place: torch.device) -> tuple[list[C
         raise DataError(f"The data has {count} rows, and blocks are trained on some and judged on others.\n  Give at least two; 2,048 are read.")
     if len(pieces) < FEWEST:
         pieces = [piece for batch in pieces for piece in _cut(batch, -(-FEWEST // len(pieces)))]
-    calls = [parted(piece, place)[:2] for piece in pieces]
+    calls = [parted(piece, model)[:2] for piece in pieces]
     tests = calls[HELD_OUT - 1 :: HELD_OUT] or calls[-1:]
     return [c for c in calls if not any(c is t for t in tests)], tests
 

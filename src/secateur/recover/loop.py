@@ -22,7 +22,7 @@ from secateur.recover.engine import Engine, engine
 from secateur.recover.lora import INSIDE, LowRank
 from secateur.recover.order import Order, augmented, mixed, part_of, rows_of
 from secateur.recover.training import LORA, Training
-from secateur.recover.validate import parted, validated
+from secateur.recover.validate import alike, parted, validated
 
 Progress = Callable[[int, int, float], None]  # step, steps, loss
 Watch = Callable[[list[dict[str, float]], int], None]  # the history so far, steps in all
@@ -228,8 +228,7 @@ class Run:
 
     def _loss(self, batch: Any) -> Tensor:
         how = self.how
-        place = next(self.model.parameters()).device
-        args, kwargs, labels = parted(batch, place)
+        args, kwargs, labels = parted(batch, self.model)
         if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
             x = augmented(args[0], how.augment, mixed(how.seed, self.step, 1001 + self.engine.rank))
             args = (x.to(memory_format=torch.channels_last) if how.channels_last else x,)
@@ -239,6 +238,7 @@ class Run:
         """What is made small, and what the model gives. `batch`: args, kwargs, labels; `called`: the model, or what is around it in training."""
         how, (args, kwargs, labels) = self.how, batch
         place = next(self.model.parameters()).device
+        taught = alike((args, kwargs), self.teacher, copy=True) if self.teacher is not None else None  # the model may write into its inputs
         with torch.autocast(place.type, torch.bfloat16, enabled=how.precision == "bfloat16"), losses.outputs(self.model, self.inner) as ours:
             output = called(*args, **kwargs)
         own: Tensor | None
@@ -248,20 +248,20 @@ class Run:
             own = losses.task_loss(output, labels)
         else:
             own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if self.teacher is None:
+        if self.teacher is None or taught is None:
             if own is None:
                 raise DataError("These batches have no labels, and there is no teacher.\n  Give (inputs, labels), loss=, or teacher=.")
             return own, output
         autocast = torch.autocast(place.type, torch.bfloat16, enabled=how.precision == "bfloat16")
         with torch.no_grad(), autocast, losses.outputs(self.teacher, self.inner) as theirs:
-            wanted = scores_of(self.teacher(*args, **kwargs))
+            wanted = scores_of(self.teacher(*taught[0], **taught[1]))
         distilled = losses.distance(scores_of(output), wanted, how.temperature)
         value = distilled if own is None else how.distil * distilled + (1 - how.distil) * own
         return value + how.features * losses.apart(ours, theirs) if self.inner else value, output
 
     def _refused(self, batch: Any, value: float) -> None:
         """The layer that first gives what is not finite, and the state of before."""
-        args, kwargs, _ = parted(batch, next(self.model.parameters()).device)
+        args, kwargs, _ = parted(batch, self.model)
         names = [n for n, m in self.model.named_modules()
                  if n and INSIDE not in f".{n}." and all(c == INSIDE.strip(".") for c, _ in m.named_children())]  # fmt: skip
         with torch.no_grad(), losses.outputs(self.model, names) as held:
@@ -275,12 +275,11 @@ class Run:
     # ------------------------------------------------------------------ around the steps
     def _with_teacher(self, batch: Any) -> None:
         assert self.teacher is not None
-        place = next(self.model.parameters()).device
-        self.teacher.to(place)
-        args, kwargs, _ = parted(part_of(batch, 0, rows_of(batch)), place)  # one row
+        self.teacher.to(next(self.model.parameters()).device)
+        args, kwargs, _ = parted(part_of(batch, 0, rows_of(batch)), self.model)  # one row
         if self.how.features:
             with self.mode.rest():
-                self.inner = losses.matched(self.model, self.teacher, lambda m: m(*args, **kwargs))
+                self.inner = losses.matched(self.model, self.teacher, lambda m: m(*alike(args, m, True), **alike(kwargs, m, True)))
             if not self.inner:
                 self.notes.append("features: no block of the teacher gives outputs of the same shape")
 
@@ -297,7 +296,7 @@ class Run:
         self._averaged()
         try:
             with torch.no_grad(), self.mode.rest():
-                row |= validated(self.valid, lambda batch: self._valued(batch, self.model), next(self.model.parameters()).device)
+                row |= validated(self.valid, lambda batch: self._valued(batch, self.model), self.model)
         finally:
             with torch.no_grad():
                 for name, weights in kept.items():

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from secateur.errors import DataError
 from secateur.models.quality import scores_of
@@ -15,23 +16,31 @@ from secateur.recover.order import rows_of
 Parts = tuple[tuple, dict[str, Any], Any]  # args, kwargs, labels
 
 
-def parted(batch: Any, place: torch.device) -> tuple[tuple, dict[str, Any], Any]:
-    """(args, kwargs, labels) of a batch; the labels of a dict are the dict."""
+def parted(batch: Any, model: nn.Module) -> Parts:
+    """(args, kwargs, labels) of a batch, on the device of the model; the labels of a dict are the dict. Inputs that are no whole numbers have the
+    dtype of the model."""
+    place = next(model.parameters()).device
 
     def there(value: Any) -> Any:
         return value.to(place) if isinstance(value, Tensor) else value
 
     if isinstance(batch, Mapping):
         kwargs = {k: there(v) for k, v in batch.items()}
-        return (), kwargs, kwargs
+        return (), alike(kwargs, model), kwargs
     if isinstance(batch, (tuple, list)):
         if len(batch) != 2:
             raise DataError(f"A batch of the data has {len(batch)} parts.\n  Give (inputs, labels), inputs alone, or a dict.")
-        return (there(batch[0]),), {}, there(batch[1])
-    return (there(batch),), {}, None
+        return (alike(there(batch[0]), model),), {}, there(batch[1])
+    return (alike(there(batch), model),), {}, None
 
 
-def validated(batches: Iterable[Any], value: Callable[[Parts], tuple[Tensor, Any]], place: torch.device) -> dict[str, float]:
+def alike(given: Any, model: nn.Module, copy: bool = False) -> Any:
+    """What is given to a model, its floating-point tensors in the dtype of the model's. `copy`: in memory of their own."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return tree_map_only(Tensor, lambda t: t.to(dtype if t.is_floating_point() else t.dtype, copy=copy), given)
+
+
+def validated(batches: Iterable[Any], value: Callable[[Parts], tuple[Tensor, Any]], model: nn.Module) -> dict[str, float]:
     """{"valid_loss": mean over the rows} and, where every batch has one class number a row, "valid": accuracy, 0..1.
 
     Args:
@@ -46,7 +55,7 @@ def validated(batches: Iterable[Any], value: Callable[[Parts], tuple[Tensor, Any
         count = rows_of(batch)
         if not count:
             continue
-        args, kwargs, labels = parts = parted(batch, place)
+        args, kwargs, labels = parts = parted(batch, model)
         try:
             loss, output = value(parts)
         except (IndexError, RuntimeError, ValueError) as error:
