@@ -138,6 +138,39 @@ def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path):
         recover(net(), rows(), Training(epochs=1), folder=tmp_path)
 
 
+def test_what_was_stopped_while_it_was_measured_is_measured(tmp_path):
+    class Killed(BaseException):
+        pass
+
+    class Valid:
+        left = 1
+
+        def __iter__(self):
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+            return iter(rows(40, seed=1))
+
+    how = Training(epochs=2, ema=0.5)
+    whole = recover(net(), rows(), how, valid=rows(40, seed=1))
+    with pytest.raises(Killed):
+        recover(net(), rows(), how, valid=Valid(), folder=tmp_path)  # after the last step
+    told = []
+    parts = recover(net(), rows(), how, valid=rows(40, seed=1), folder=tmp_path, watch=lambda history, steps: told.append(history))
+    assert [{**a, "seconds": 0} for a in whole.history] == [{**b, "seconds": 0} for b in parts.history] and told == [parts.history]
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
+
+
+def test_masked_weights_that_are_frozen_need_no_holding():
+    result = masked(net(), rows().inputs[:2])
+    for name in result.plan.weights:
+        result.model.get_parameter(name).requires_grad_(False)
+    before = copy.deepcopy(result.model.state_dict())
+    recover(result.model, rows(), Training(epochs=1), plan=result.plan)
+    moved = {n for n, p in result.model.named_parameters() if not torch.equal(p, before[n])}
+    assert "layers.1.bias" in moved and not moved & result.plan.weights.keys()
+
+
 class Bomb(nn.Module):
     """Infinite from the third call in training on."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from secateur.plan import Plan
 from secateur.recover import checkpoint, modes
 from secateur.recover import loss as losses
 from secateur.recover.engine import Engine, engine
-from secateur.recover.lora import INSIDE, LowRank
+from secateur.recover.lora import LowRank
 from secateur.recover.order import Order, augmented, mixed, part_of, rows_of
 from secateur.recover.training import LORA, Training
 from secateur.recover.validate import alike, parted, validated
@@ -127,7 +128,8 @@ class Run:
             self.beside = LowRank(model, plan, how.rank, how.seed)
         self.called = self.engine.wrapped(model)
         self.optimizer = how.made(model, self.order.size or rows_of(first))
-        self.held = hold(model, masked, self.optimizer) if masked and how.train == "all" else None  # else no masked weight moves
+        moves = masked and how.train == "all" and any(model.get_parameter(n).requires_grad for n in masked.weights)
+        self.held = hold(model, masked, self.optimizer) if masked and moves else None
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.shadow = {n: p.detach().clone() for n, p in model.named_parameters()} if how.ema is not None else {}
         if self.teacher is not None:
@@ -156,6 +158,9 @@ class Run:
     def _epochs(self, settings: Mapping[str, Any], folder: Path | None, progress: Progress | None) -> None:
         each, last = self.order.steps, time.monotonic()
         self.began = time.monotonic()
+        row = self.history[-1] if self.history else {}
+        if self.valid is not None and row.get("step") == self.step and "valid_loss" not in row:
+            self._validated(row)  # it was stopped while it did
         self._watched()
         while self.step < self.steps:
             number, begin = divmod(self.step, each)
@@ -262,11 +267,7 @@ class Run:
     def _refused(self, batch: Any, value: float) -> None:
         """The layer that first gives what is not finite, and the state of before."""
         args, kwargs, _ = parted(batch, self.model)
-        names = [n for n, m in self.model.named_modules()
-                 if n and INSIDE not in f".{n}." and all(c == INSIDE.strip(".") for c, _ in m.named_children())]  # fmt: skip
-        with torch.no_grad(), losses.outputs(self.model, names) as held:
-            self.model(*args, **kwargs)
-        layer = next((n for n, t in held.items() if not bool(torch.isfinite(t).all())), None)
+        layer = losses.broken(self.model, lambda: self.model(*args, **kwargs))
         said = f"layer {layer!r} gives numbers that are not finite" if layer else "the outputs are finite, the loss or its gradient is not"
         checkpoint.put(self.model, self.good)
         raise TrainingError(f"At step {self.step} of {self.steps} the loss is {value:g}: {said}.\n"
@@ -289,14 +290,22 @@ class Run:
         row = {"epoch": float(number + 1), "step": float(self.step), "lr": rate, "loss": self.total / max(1, count), "seconds": self._seconds()}
         self.history.append(row)
         self.total = 0.0
-        if self.valid is None:
-            return
-        save()
+        if self.valid is not None:
+            save()
+            self._validated(row)
+
+    def _validated(self, row: dict[str, float]) -> None:
+        assert self.valid is not None
+        with self._average(), torch.no_grad(), self.mode.rest():
+            row |= validated(self.valid, lambda batch: self._valued(batch, self.model), self.model)
+
+    @contextmanager
+    def _average(self) -> Iterator[None]:
+        """The average in the place of the weights, for a while."""
         kept = {n: self.model.get_parameter(n).detach().clone() for n in self.shadow}
         self._averaged()
         try:
-            with torch.no_grad(), self.mode.rest():
-                row |= validated(self.valid, lambda batch: self._valued(batch, self.model), self.model)
+            yield
         finally:
             with torch.no_grad():
                 for name, weights in kept.items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from secateur.errors import DataError
 from secateur.models.quality import scores_of
+from secateur.recover.lora import INSIDE
 
 Loss = Callable[[Any, Any], Tensor]  # (what the model gives, the labels or the whole batch) -> a number
 IGNORED = -100  # a label that does not count, as Hugging Face has it
@@ -73,6 +74,15 @@ def matched(student: nn.Module, teacher: nn.Module, call: Callable[[nn.Module], 
             call(model)
         shapes.append({n: t.shape for n, t in held.items()})
     return [n for n, shape in shapes[0].items() if shapes[1].get(n) == shape]
+
+
+def broken(model: nn.Module, call: Callable[[], Any]) -> str | None:
+    """The first module without parts whose output is not finite in a call; None: all are."""
+    names = [n for n, m in model.named_modules()
+             if n and INSIDE not in f".{n}." and all(c == INSIDE.strip(".") for c, _ in m.named_children())]  # fmt: skip
+    with torch.no_grad(), outputs(model, names) as held:
+        call()
+    return next((n for n, t in held.items() if not bool(torch.isfinite(t).all())), None)
 
 
 @contextmanager
