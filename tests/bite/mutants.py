@@ -692,6 +692,20 @@ MUTANTS: list[Mutant] = [
         ('tests/recover/test_recover.py::test_a_teacher_sees_the_inputs_though_the_model_writes_over_them',),
     ),
     Mutant(
+        'workers go on with the random numbers of the epoch before',
+        'secateur/recover/order.py',
+        'self.data._iterator = None',
+        'self.data._iterator = self.data._iterator',
+        ('tests/recover/test_recover.py::test_a_loader_that_shuffles_and_draws_is_resumed_to_the_bit',),
+    ),
+    Mutant(
+        'an epoch that was stopped while it was measured is not measured',
+        'secateur/recover/loop.py',
+        'and row.get("step") == self.step and',
+        'and row.get("step") == -1 and',
+        ('tests/recover/test_recover.py::test_what_was_stopped_while_it_was_measured_is_measured',),
+    ),
+    Mutant(
         'statistics of one row are kept',
         'secateur/recover/loop.py',
         'if rows_of(batch) == 1 and not all(',

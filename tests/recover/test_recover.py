@@ -112,6 +112,15 @@ def test_a_run_that_is_stopped_again_and_again_is_the_same_to_the_bit(how, tmp_p
 
 def test_a_run_that_is_through_is_not_begun_again(tmp_path):
     how = Training(epochs=1)
+    _through(how, tmp_path)
+
+
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_a_run_whose_average_came_back_is_not_begun_again(train, tmp_path):
+    _through(Training(epochs=1, ema=0.9, train=train), tmp_path)
+
+
+def _through(how, tmp_path):
     first = recover(net(), rows(), how, folder=tmp_path)
     seen = []
     for given in (net(), first.model):  # what it began with, or what came of it
@@ -206,12 +215,14 @@ class Noisy(torch.utils.data.Dataset):
         return x + torch.randn_like(x), y
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", [False, True, "workers"])
 def test_a_loader_that_shuffles_and_draws_is_resumed_to_the_bit(own, tmp_path):
     class Stop(Exception):
         pass
 
     def loader():
+        if own == "workers":  # which live longer than an epoch
+            return torch.utils.data.DataLoader(Noisy(), 16, shuffle=True, num_workers=1, persistent_workers=True)
         generator = torch.Generator().manual_seed(7) if own else None
         return torch.utils.data.DataLoader(Noisy(), 16, shuffle=True, generator=generator)
 
@@ -394,6 +405,29 @@ BAD = [{"epochs": -1}, {"optimizer": "adagrad"}, {"ema": 1.0}, {"lr": float("nan
 def test_choices_that_cannot_be_meant_are_refused(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
         Training(**bad)
+
+
+def test_data_that_fails_at_once_is_named():
+    def reading():
+        raise OSError("the disk is gone")
+
+    class Loader:
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            yield reading()
+
+    with pytest.raises(DataError, match="first batch: OSError: the disk is gone"):
+        recover(net(), Loader(), Training(epochs=1))
+
+
+def test_it_trains_where_gradients_are_off():
+    with torch.no_grad():
+        found = recover(net(), rows(), Training(epochs=1))
+        assert not torch.is_grad_enabled()
+    whole = recover(net(), rows(), Training(epochs=1))
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), whole.model.parameters(), strict=True))
 
 
 def test_data_that_does_not_fit_is_refused():

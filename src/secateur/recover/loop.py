@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,8 @@ class Run:
     def through(self, plan: Plan | None, folder: Path | None, progress: Progress | None) -> Recovered:
         """All steps that are left."""
         model, how, teacher = self.model, self.how, self.teacher
-        with torch.random.fork_rng(devices=[]):
-            first = next(self.order.epoch(0), None)
-            if first is None:
-                raise DataError("The data is empty.\n  Give at least one batch.")
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            first = self.order.first()
             self.begun = checkpoint.digest(checkpoint.state_of(model))
             settings = {**how.to_json(), "steps": self.steps, "teacher": checkpoint.digest(checkpoint.state_of(teacher)) if teacher else None,
                         "zeros": checkpoint.digest(plan.weights) if plan else None}  # fmt: skip
@@ -319,10 +317,14 @@ class Run:
         self.good = checkpoint.state_of(self.model)
         if folder is None:
             return
-        shadow = {n: checkpoint.full(t) for n, t in self.shadow.items()}
+        shadow, ends = {n: checkpoint.full(t) for n, t in self.shadow.items()}, None
+        if self.beside or self.step == self.steps:
+            with self._average() if self.step == self.steps else nullcontext():
+                now = checkpoint.state_of(self.model)
+                ends = checkpoint.digest(self.beside.merged(now) if self.beside else now)
         held = {"settings": json.dumps(settings), "begun": self.begun, "step": self.step, "total": self.total, "history": self.history,
                 "seconds": self._seconds(), "model": self.good, "optimizer": checkpoint.optimizer_state(self.model, self.optimizer),
-                "shadow": shadow, "ends": checkpoint.digest(self.beside.merged(self.good)) if self.beside else None}  # fmt: skip
+                "shadow": shadow, "ends": ends}  # fmt: skip
         if self.engine.rank == 0:
             checkpoint.write(folder, held)
         self.engine.wait()

@@ -29,6 +29,19 @@ class Order:
         if not self.steps:
             raise DataError("The data is empty.\n  Give at least one batch.")
 
+    def first(self) -> Any:
+        """A batch to look at.
+
+        Raises:
+            DataError: there is none, or the data fails.
+        """
+        try:
+            return next(self.epoch(0))
+        except StopIteration:
+            raise DataError("The data is empty.\n  Give at least one batch.") from None
+        except Exception as error:  # a user's loader may raise anything
+            raise DataError(f"The data failed at its first batch: {type(error).__name__}: {error}.\n  Nothing was trained yet.") from error
+
     def epoch(self, number: int, begin: int = 0) -> Iterator[Any]:
         """The batches of an epoch from `begin` on."""
         if isinstance(self.data, Batches):
@@ -41,6 +54,8 @@ class Order:
         for own in _generators(self.data):
             own.manual_seed(mixed(self.seed, number, 0))
         torch.manual_seed(mixed(self.seed, number, 0))
+        if getattr(self.data, "persistent_workers", False):  # they would go on with the random numbers of the epoch before
+            self.data._iterator = None  # type: ignore[attr-defined]
         batches = iter(self.data)
         for at in count():
             torch.manual_seed(mixed(self.seed, number, 2 + at))
