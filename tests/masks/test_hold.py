@@ -81,6 +81,15 @@ def test_held_models_are_copied_exported_saved_and_moved(tmp_path):
     held.remove()
 
 
+def test_a_compiled_model_is_held():
+    result = sc.magnitude(net(), ARGS, "30%")
+    compiled = torch.compile(result.model, backend="aot_eager")
+    optimizer = torch.optim.SGD(compiled.parameters(), 0.1, momentum=0.9)
+    sc.hold(compiled, result.plan, optimizer)
+    train(compiled, optimizer)
+    assert zeros(result.model, result.plan)
+
+
 def test_low_rank_updates_lose_no_zero():
     result = sc.magnitude(net(), ARGS, "30%")
     random = torch.Generator().manual_seed(1)

@@ -52,7 +52,7 @@ def hold(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer) -> Hold
     model is not held; hold it with an optimizer of its own.
 
     Args:
-        model: what `sparsify` or `mask` handed back, or a model loaded from it.
+        model: what `sparsify` or `mask` handed back, or a model loaded from it; compiled or not.
         plan: its plan.
         optimizer: of the model's parameters.
 
@@ -62,6 +62,7 @@ def hold(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer) -> Hold
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(f"optimizer is a {type(optimizer).__name__}.\n  Pass the torch.optim.Optimizer that trains the model.")
+    model = getattr(model, "_orig_mod", model)  # within torch.compile: its names are those of plans
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not plan.weights:
