@@ -11,11 +11,11 @@ WORKER = Path(__file__).with_name("worker.py")
 ROOT = WORKER.parents[2]
 
 
-def run(processes, kind, folder, out, steps=-1):
+def run(processes, kind, folder, out, steps=-1, fails=""):
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else [sys.executable]
     line = [*start, str(WORKER), kind, str(folder), str(out), "3", str(steps)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=100, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert (fails in done.stderr and done.returncode) if fails else done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow
@@ -45,3 +45,11 @@ def test_two_processes_train_as_one(kind, tmp_path):
         assert not any(other["state"][name][~mask].any() for name, mask in one["plan"].items())
         for name, tensor in one["state"].items():
             torch.testing.assert_close(other["state"][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_see_the_same_checkpoint_do_not_begin(tmp_path):
+    pytest.importorskip("accelerate")
+    for steps, fails in ((7, ""), (-1, "give a folder that all processes see")):  # only process 0 writes
+        run(2, "copies", tmp_path / "RANK", tmp_path / "out.pt", steps, fails)
+    assert not (tmp_path / "out.pt").exists()

@@ -1,6 +1,7 @@
 """One training run in this process, which may be one of several that torchrun started: `python worker.py KIND FOLDER OUT EPOCHS STEPS`.
 
-KIND is copies, shard or lora for `recover`; or a kind of schedule in a loop of its own, the weights spread over the processes.
+FOLDER may hold RANK, for a disk of its own. KIND is copies, shard or lora for
+`recover`; or a kind of schedule in a loop of its own, the weights spread over the processes.
 """
 
 import os
@@ -104,7 +105,7 @@ def main(kind, folder, out, epochs, steps):
             raise Stop
 
     try:
-        done = recover(result.model, data, how, plan=result.plan, folder=folder, progress=progress)
+        done = recover(result.model, data, how, plan=result.plan, folder=folder.replace("RANK", os.environ.get("RANK", "0")), progress=progress)
     except Stop:
         return
     state = state_of(done.model)

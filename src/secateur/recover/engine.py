@@ -37,6 +37,12 @@ class Engine:
     def wait(self) -> None:
         """Until all processes are here."""
 
+    def agreed(self, step: int) -> None:
+        """
+        Raises:
+            InputError: the processes go on at different steps.
+        """
+
 
 class Processes(Engine):
     """The processes that `torchrun` started, through Accelerate.
@@ -71,6 +77,11 @@ class Processes(Engine):
 
     def wait(self) -> None:
         self.own.wait_for_everyone()
+
+    def agreed(self, step: int) -> None:
+        if self.any(abs(self.mean(step) - step) > 1e-6):
+            raise InputError(f"process {self.rank} of {self.world} would go on at step {step}, and another at another one.\n"
+                             "  Not all of them see the checkpoint: give a folder that all processes see.")  # fmt: skip
 
 
 def _sharded(model: nn.Module) -> nn.Module:

@@ -67,7 +67,7 @@ def recover(  # noqa: PLR0913  # the one call; every parameter is a choice of it
         TrainingError: the loss or a gradient is not finite; the model is as it was at the last checkpoint.
         DataError: the data fails, and what was reached is in `folder` (of several processes the last checkpoint); or it does not fit, and the
             model is as it was at the last checkpoint.
-        InputError, FormatError: a checkpoint of another run, or one that cannot be read or written.
+        InputError, FormatError: a checkpoint of another run, that not all processes see, or one that cannot be read or written.
     """
     run = Run(model, Order(data, (how or Training()).batch, (how or Training()).seed), how or Training(), engine((how or Training()).shard))
     run.teacher, run.loss, run.valid, run.watch = teacher, loss, valid, watch
@@ -134,6 +134,7 @@ class Run:
             self._with_teacher(first)
         if found:
             self._resumed(found)
+        self.engine.agreed(self.step)
         self.good = checkpoint.state_of(model)
 
     def _averaged(self) -> None:
