@@ -706,6 +706,13 @@ MUTANTS: list[Mutant] = [
         ('tests/recover/test_recover.py::test_what_was_stopped_while_it_was_measured_is_measured',),
     ),
     Mutant(
+        'rows of NaN are right in validation',
+        'secateur/recover/validate.py',
+        'int(right(scores, labels).sum())',
+        'int((scores.argmax(1) == labels).sum())',
+        ('tests/recover/test_recover.py::test_validation_data_without_labels_is_measured_against_the_teacher',),
+    ),
+    Mutant(
         'statistics of one row are kept',
         'secateur/recover/loop.py',
         'if rows_of(batch) == 1 and not all(',

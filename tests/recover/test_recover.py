@@ -17,6 +17,7 @@ from secateur.recover import Training, recover
 from secateur.recover import loss as losses
 from secateur.recover.checkpoint import FILE, state_of
 from secateur.recover.order import Order, augmented, part_of
+from secateur.recover.validate import validated
 
 
 class Net(nn.Module):
@@ -398,7 +399,7 @@ def test_norms_and_biases_alone():
     assert moved == {"norm.weight", "norm.bias", "layers.0.bias", "layers.1.bias"}
 
 
-BAD = [{"epochs": -1}, {"optimizer": "adagrad"}, {"ema": 1.0}, {"lr": float("nan")}, {"batch": 0}, {"distil": 2}, {"clip": 0}]
+BAD = [{"epochs": -1}, {"optimizer": "adagrad"}, {"ema": 1.0}, {"lr": float("nan")}, {"batch": 0}, {"batch": 2.5}, {"distil": 2}, {"clip": 0}]
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -581,5 +582,9 @@ def test_validation_data_without_labels_is_measured_against_the_teacher():
     with torch.no_grad():
         wanted = losses.distance(done.model.eval()(valid.inputs), teacher.eval()(valid.inputs), 4.0)
     assert done.history[0]["valid_loss"] == pytest.approx(float(wanted), rel=1e-5) and "valid" not in done.history[0]
+    nothing = torch.full((40, 4), float("nan"))  # is not right, though the largest of it would be class 0
+    labels = torch.zeros(40).long()
+    found = validated([(valid.inputs, labels)], lambda parts: (nothing.sum(), nothing), teacher)
+    assert found["valid"] == 0 and math.isnan(found["valid_loss"])
     with pytest.raises(DataError, match="validation data is empty"):
         recover(net(), rows(), Training(epochs=1), valid=[])

@@ -83,7 +83,8 @@ class Training:
             value = getattr(self, name)
             if value is not None and (value < 0 or not math.isfinite(value) or (name == "ema" and value >= 1) or (name == "batch" and value < 1)):
                 raise InputError(f"{name}={value}: {'a decay below 1' if name == 'ema' else 'a positive number'} is asked.\n  Or leave it out.")
-
+        if self.batch is not None and (isinstance(self.batch, bool) or not isinstance(self.batch, int)):
+            raise InputError(f"batch={self.batch!r} is no number of rows.\n  Give a whole number from 1 on, or leave it out.")
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise InputError(f"rank={self.rank!r} is no rank of a matrix.\n  Give a whole number from 1 on, such as 8.")
         if self.train == LORA and self.shard:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from secateur.errors import DataError
+from secateur.models.quality import hits as right
 from secateur.models.quality import scores_of
 from secateur.recover.order import rows_of
 
@@ -64,7 +65,7 @@ def validated(batches: Iterable[Any], value: Callable[[Parts], tuple[Tensor, Any
         total, rows = total + float(loss) * count, rows + count
         scores = scores_of(output)
         classes = classes and isinstance(labels, Tensor) and isinstance(scores, Tensor) and _whole(scores, labels)
-        hits += int((scores.argmax(1) == labels).sum()) if classes else 0
+        hits += int(right(scores, labels).sum()) if classes else 0
     if not rows:
         raise DataError("The validation data is empty.\n  Give at least one batch, or none.")
     return {"valid_loss": total / rows, **({"valid": hits / rows} if classes else {})}
