@@ -950,4 +950,11 @@ MUTANTS: list[Mutant] = [
         "max(seconds, 1e-3), 0.0)",
         ("tests/advise/test_advise.py",),
     ),
+    Mutant(
+        "a single number is distilled by its softmax, which is 1",
+        "secateur/recover/loss.py",
+        "if numbers or student.dim() < 2 or student.shape[dim] == 1:",
+        "if numbers:",
+        ("tests/recover/test_recover.py",),
+    ),
 ]

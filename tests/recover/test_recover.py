@@ -390,6 +390,22 @@ def test_the_distance_to_a_teacher_is_its_formula():
     assert float(losses.distance(t, t, 3.0)) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_teacher_of_numbers_is_learned_by_squared_error():
+    torch.manual_seed(0)
+    for shape in ((6,), (6, 1), (6, 1, 4, 4)):  # of which a softmax would be 1
+        s, t = torch.randn(shape), torch.randn(shape)
+        assert float(losses.distance(s, t, 4.0)) == pytest.approx(float((s - t).square().mean()))
+    s, t = torch.randn(6, 3), torch.randn(6, 3)
+    assert float(losses.distance(s, t, 4.0, torch.randn(6, 3))) == pytest.approx(float((s - t).square().mean()))
+    assert float(losses.distance(s, t, 4.0, torch.tensor([0, 1, 2, 0, 1, 2]))) == float(losses.distance(s, t, 4.0))
+
+    x, teacher, student = torch.randn(64, 4), nn.Linear(4, 1), nn.Linear(4, 1)
+    apart = [float((student(x) - teacher(x)).square().mean())]
+    recover(student, Batches(x, None, 16), Training(epochs=20, lr=0.05), teacher=teacher)
+    apart.append(float((student(x) - teacher(x)).square().mean()))
+    assert apart[1] < 0.05 * apart[0]
+
+
 def test_norms_and_biases_alone():
     model = net()
     before = copy.deepcopy(model.state_dict())
@@ -493,6 +509,9 @@ def test_the_rate_rises_and_falls():
     assert rates[0] < rates[5] < rates[10] == pytest.approx(1.0) and rates[-1] < 1e-3
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert Training().rate(net(), 256) == pytest.approx(0.04) and Training(lr=0.3).rate(net(), 256) == 0.3
+    convolutional = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    graph = torch.export.export(convolutional, (torch.randn(2, 3, 8, 8),)).module()
+    assert Training().kind(convolutional) == Training().kind(graph) == "sgd"
     assert Training().kind(nn.Linear(2, 2)) == "adamw"
 
 

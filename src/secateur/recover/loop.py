@@ -259,7 +259,7 @@ class Run:
         autocast = torch.autocast(place.type, torch.bfloat16, enabled=how.precision == "bfloat16")
         with torch.no_grad(), autocast, losses.outputs(self.teacher, self.inner) as theirs:
             wanted = scores_of(self.teacher(*taught[0], **taught[1]))
-        distilled = losses.distance(scores_of(output), wanted, how.temperature)
+        distilled = losses.distance(scores_of(output), wanted, how.temperature, labels)
         value = distilled if own is None else how.distil * distilled + (1 - how.distil) * own
         return value + how.features * losses.apart(ours, theirs) if self.inner else value, output
 

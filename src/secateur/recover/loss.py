@@ -44,9 +44,12 @@ def task_loss(output: Any, labels: Tensor) -> Tensor:
                     "  Give one class number for each row of scores, or pass loss=.")  # fmt: skip
 
 
-def distance(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def distance(student: Tensor, teacher: Tensor, temperature: float, labels: Any = None) -> Tensor:
     """T^2 KL(teacher || student) of outputs divided by the temperature T, summed over classes and averaged over the rest (Hinton et al. 2015,
     "Distilling the Knowledge in a Neural Network"); classes are the second dimension of images, else the last.
+
+    Outputs that are no scores of several classes (one number for a row, or labels that are numbers, as in `task_loss`) are compared by their
+    squared error: the softmax of a single number is 1, whatever it is.
 
     Raises:
         DataError: the two are of other shapes.
@@ -55,6 +58,9 @@ def distance(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         raise DataError(f"The model gives {tuple(student.shape)} and the teacher {tuple(teacher.shape)}.\n"
                         "  Pass the teacher of this model: the one that it was cut from.")  # fmt: skip
     dim = 1 if student.dim() == 4 else -1
+    numbers = isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == student.shape
+    if numbers or student.dim() < 2 or student.shape[dim] == 1:
+        return F.mse_loss(student.float(), teacher.float())
     s, t = F.log_softmax(student.float() / temperature, dim), F.log_softmax(teacher.float() / temperature, dim)
     return temperature**2 * F.kl_div(s, t, reduction="none", log_target=True).sum(dim).mean()
 

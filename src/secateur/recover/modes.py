@@ -70,10 +70,20 @@ def training(model: nn.Module) -> Iterator[Mode]:
         mode.back()
 
 
+def has_batch_norms(model: nn.Module) -> bool:
+    """Whether it normalises by batches, as modules or in a captured graph."""
+    modules = list(model.modules())
+    nodes = (node for m in modules if isinstance(m, fx.GraphModule) for node in m.graph.nodes)
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules) or any(_name(node) == "batch_norm" for node in nodes)
+
+
+def _name(node: fx.Node) -> str:
+    return node.target._schema.name.removeprefix("aten::").removesuffix("_") if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
 def _training(node: fx.Node) -> tuple | None:
     """The arguments of an operator in training, where they are others than at rest."""
-    name = node.target._schema.name.removeprefix("aten::").removesuffix("_") if isinstance(node.target, torch._ops.OpOverload) else ""
-    if name not in TRAINS:
+    if (name := _name(node)) not in TRAINS:
         return None
     place, mean = TRAINS[name]
     args = list(node.args)

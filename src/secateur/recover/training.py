@@ -12,6 +12,7 @@ from torch import nn
 
 from secateur.errors import InputError
 from secateur.recover.lora import Update
+from secateur.recover.modes import has_batch_norms
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 SGD, ADAMW, LORA = "sgd", "adamw", "lora"
@@ -100,7 +101,7 @@ class Training:
             return self.optimizer
         if self.train == LORA:
             return ADAMW
-        return SGD if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else ADAMW
+        return SGD if has_batch_norms(model) else ADAMW
 
     def rate(self, model: nn.Module, rows: int) -> float:
         """The highest learning rate for batches of so many rows."""
