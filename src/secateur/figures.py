@@ -1,6 +1,11 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and values as JSON can say them."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any
 
 
 def number(value: float) -> str:
@@ -34,3 +39,20 @@ def joules(value: float) -> str:
         if value >= unit:
             return f"{value / unit:.2f} {letter}"
     return f"{value * 1e9:.2f} nJ"
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can say it: numbers that are not finite become None, tensors and dataclasses their values."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(held) for key, held in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if hasattr(value, "tolist"):  # tensors and arrays, of any number of dimensions
+        return plain(value.tolist())
+    if isinstance(value, Iterable):
+        return [plain(held) for held in value]
+    return str(value)

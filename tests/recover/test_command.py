@@ -54,7 +54,7 @@ def test_a_folder_is_trained_back(kind, data, tmp_path, capsys):
     out, to = tmp_path / "out", tmp_path / "out-recovered"
     sc.save(result, out)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    assert main(["recover", str(out), "--data", data, "--epochs", "6", "--batch", "16", "--teacher", TEACHER, "--json"]) == 0
+    assert main(["recover", str(out), "--data", data, "--epochs", "6", "--batch", "16", "--lr", "0.1", "--teacher", TEACHER, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["folder"] == str(to) and len(facts["history"]) == 6 and facts["history"][-1]["loss"] < facts["history"][0]["loss"]
     assert facts["accuracy"]["recovered"] >= facts["accuracy"]["pruned"]

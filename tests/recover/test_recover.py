@@ -113,15 +113,15 @@ def test_a_run_that_is_stopped_again_and_again_is_the_same_to_the_bit(how, tmp_p
 
 def test_a_run_that_is_through_is_not_begun_again(tmp_path):
     how = Training(epochs=1)
-    _through(how, tmp_path)
+    check_through(how, tmp_path)
 
 
 @pytest.mark.parametrize("train", ["all", "lora"])
 def test_a_run_whose_average_came_back_is_not_begun_again(train, tmp_path):
-    _through(Training(epochs=1, ema=0.9, train=train), tmp_path)
+    check_through(Training(epochs=1, ema=0.9, train=train), tmp_path)
 
 
-def _through(how, tmp_path):
+def check_through(how, tmp_path):
     first = recover(net(), rows(), how, folder=tmp_path)
     seen = []
     for given in (net(), first.model):  # what it began with, or what came of it

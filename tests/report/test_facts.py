@@ -12,7 +12,8 @@ import torch
 import secateur as sc
 from secateur import report
 from secateur.errors import FormatError, InputError
-from secateur.report.facts import SECTIONS, plain
+from secateur.figures import plain
+from secateur.report.facts import SECTIONS
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import sheets
 from pages import Page, numbers, says
 
 from secateur import report
+from secateur.figures import plain
 from secateur.report import charts, curves
-from secateur.report.facts import plain
 
 SHEETS = {
     "full": sheets.full, "many": lambda: sheets.full(200), "no groups": lambda: sheets.full(0), "attacked": sheets.attacked,

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 from secateur import report
 from secateur.advise.candidates import Source
 from secateur.errors import FormatError, InputError
+from secateur.figures import plain
 from secateur.measure.run import shapes
 from secateur.models import LoadedModel
 from secateur.models.atomic import MARK, sha256
 from secateur.models.folder import read
 from secateur.models.weights import fingerprint
-from secateur.report.facts import plain
 from secateur.surgery.cut import state_of
 
 FORMAT, FILE = "secateur-advice/1", "advise.json"

@@ -19,6 +19,7 @@ from secateur.errors import InputError, ModelError
 from secateur.export.check import compared, wanted
 from secateur.export.runner import Call, File, race, run
 from secateur.export.stages import write
+from secateur.figures import plain
 from secateur.measure.latency import Latency
 from secateur.measure.run import batch_of, inputs_on
 from secateur.measure.runtimes import check
@@ -28,7 +29,6 @@ from secateur.models.data import Data
 from secateur.quantise import by_nncf, by_onnxruntime
 from secateur.quantise.judge import verdict, warnings
 from secateur.quantise.rows import Part, accuracy, error, parts, scores_at
-from secateur.report.facts import plain
 
 FACTS, FORMAT = "quantised.json", "secateur-quantised/1"
 RUNTIMES: Mapping[str, tuple[Any, str]] = {"onnxruntime": (by_onnxruntime, "onnx"), "openvino": (by_nncf, "openvino")}

@@ -38,11 +38,12 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 from secateur.errors import InputError
+from secateur.figures import plain
 from secateur.report.hardware import hardware
 
 FORMAT = "secateur-report/1"
@@ -83,23 +84,6 @@ def facts(done: Any = None, **sections: Any) -> dict[str, Any]:
         lost = [row for row in sheet["groups"] if row["after"] < row["before"]]
         sheet["cut_groups"] = {"all": len(sheet["groups"]), "cut": len(lost)}
     return {name: plain(sheet[name]) for name in SECTIONS if sheet.get(name) not in (None, {}, [])}
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON can say it: numbers that are not finite become None, tensors and dataclasses their values."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(held) for key, held in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if hasattr(value, "tolist"):  # tensors and arrays, of any number of dimensions
-        return plain(value.tolist())
-    if isinstance(value, Iterable):
-        return [plain(held) for held in value]
-    return str(value)
 
 
 # ---------------------------------------------------------------- from a job, a result, or the JSON of a job

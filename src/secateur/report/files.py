@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import FormatError
+from secateur.figures import plain
 from secateur.models.atomic import REPORT_FACTS, REPORT_PAGE, sync
-from secateur.report.facts import plain
 from secateur.report.page import render
 
 
