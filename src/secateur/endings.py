@@ -16,10 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-
 from secateur import terminal
-from secateur.errors import InputError, SecateurError
+from secateur.errors import InputError, SecateurError, first_line, out_of_memory
 
 DONE, REFUSED, WRONG, DEFECT, HUNG_UP, INTERRUPTED, NO_READER, TERMINATED = 0, 1, 2, 3, 129, 130, 141, 143
 STOPPED = {HUNG_UP: "hung up", INTERRUPTED: "interrupted", TERMINATED: "terminated"}
@@ -81,8 +79,8 @@ def _refused(error: Exception) -> int:
     if isinstance(error, SecateurError):
         terminal.error(str(error))
         return WRONG if isinstance(error, InputError) else REFUSED
-    first = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in first:
+    first = first_line(error, 1000)
+    if out_of_memory(error):
         terminal.error(f"there is not enough memory: {first or 'Python has none left'}.\n  Take a smaller batch or a smaller model.")
         return REFUSED
     terminal.error(

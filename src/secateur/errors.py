@@ -70,3 +70,13 @@ class ProcessError(SecateurError):
 
 class FormatError(SecateurError):
     """A saved folder that is damaged, incomplete, altered, or written by something else."""
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """Of what an error of somebody else says; '' for one that says nothing."""
+    return (str(error).strip().splitlines() or [""])[0][:most]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of Python or of torch, says that there is no more memory: then nothing is wrong with what was given."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in first_line(error, 1000)

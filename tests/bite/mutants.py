@@ -957,4 +957,18 @@ MUTANTS: list[Mutant] = [
         "if numbers:",
         ("tests/recover/test_recover.py",),
     ),
+    Mutant(
+        "soft labels of a loss of one's own are taken for numbers",
+        "secateur/recover/loop.py",
+        "None if self.loss else labels)",
+        "labels)",
+        ("tests/recover/test_recover.py",),
+    ),
+    Mutant(
+        "no more memory is told as a batch that does not fit",
+        "secateur/recover/loop.py",
+        "if isinstance(error, SecateurError) or out_of_memory(error):",
+        "if isinstance(error, SecateurError):",
+        ("tests/recover/test_recover.py",),
+    ),
 ]

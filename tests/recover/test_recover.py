@@ -496,6 +496,39 @@ def test_a_batch_that_does_not_fit_is_named_and_moves_nothing():
         losses.task_loss({"words": given.inputs}, given.labels)
 
 
+@pytest.mark.parametrize("error", [InputError("no such class.\n  Give another."), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_what_says_enough_is_raised_as_it_is_and_moves_nothing(error):
+    def loss(output, labels):
+        raise error
+
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(type(error)) as said:
+        recover(model, rows(), Training(epochs=1), loss=loss)
+    assert said.value is error and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    taught = net()
+    with pytest.raises(type(error)) as said:
+        validated([(rows().inputs, rows().labels)], lambda parts: loss(*parts[:2]), taught)
+    assert said.value is error
+    with pytest.raises(DataError, match=r"validation data does not fit: \.\n"):  # an error without a word
+        validated([(rows().inputs, rows().labels)], lambda parts: silent(), taught)
+
+
+def silent():
+    raise ValueError
+
+
+def test_soft_labels_with_a_loss_of_ones_own_are_no_numbers():
+    """The teacher's part of the loss is then that of class scores, as it is with class numbers."""
+    given = rows()
+    soft = Batches(given.inputs, F.one_hot(given.labels, 4).float() * 0.8 + 0.1, 32)
+    students = []
+    for data, loss in ((given, None), (soft, lambda output, labels: F.cross_entropy(output, labels))):
+        students.append(net())
+        recover(students[-1], data, Training(epochs=1, distil=1.0), teacher=net(2), loss=loss)
+    assert all(torch.equal(a, b) for a, b in zip(students[0].parameters(), students[1].parameters(), strict=True))
+
+
 def test_class_numbers_are_whole_numbers_of_any_kind():
     torch.manual_seed(0)
     scores, labels = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 0])

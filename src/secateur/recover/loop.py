@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import DataError, TrainingError
+from secateur.errors import DataError, SecateurError, TrainingError, first_line, out_of_memory
 from secateur.masks.hold import Hold, hold, zero
 from secateur.models.quality import scores_of
 from secateur.plan import Plan
@@ -213,21 +213,19 @@ class Run:
         return found
 
     def _fitting(self, batch: Any) -> Tensor:
-        """The loss of a batch.
-
-        Raises:
-            DataError: the batch does not fit; the model is as it was at the last checkpoint.
-        """
+        """The loss of a batch. Raises DataError if it does not fit, and what else the loss raises: the model is as it was at the last checkpoint."""
         try:
             value = self._loss(batch)
             if rows_of(batch) == 1 and not all(bool(torch.isfinite(b).all()) for b in self.model.buffers() if b.is_floating_point()):
                 raise ValueError("a norm over the batch has no variance")  # modules say so themselves, operators of a graph do not
-        except (IndexError, RuntimeError, ValueError) as error:
+        except (IndexError, RuntimeError, ValueError, SecateurError) as error:
             if self.engine.world == 1:  # the others may have no error, and spread weights are put back by all or by none
                 checkpoint.put(self.model, self.good)
-            alone = "  One row alone cannot be normalised: choose another batch size." if rows_of(batch) == 1 else ""
-            raise DataError(f"The batch of step {self.step} does not fit: {(str(error).splitlines() or [''])[0][:200].rstrip('.')}.\n"
-                            f"{alone or '  Give rows and labels as the model and the loss take them.'}") from error  # fmt: skip
+            if isinstance(error, SecateurError) or out_of_memory(error):
+                raise
+            alone, rows = "One row cannot be normalised: choose another batch size.", "Give rows and labels as the model and the loss take them."
+            said = f"The batch of step {self.step} does not fit: {first_line(error).rstrip('.')}."
+            raise DataError(f"{said}\n  {alone if rows_of(batch) == 1 else rows}") from error
         return value
 
     def _loss(self, batch: Any) -> Tensor:
@@ -253,13 +251,13 @@ class Run:
         else:
             own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if self.teacher is None or taught is None:
-            if own is None:
-                raise DataError("These batches have no labels, and there is no teacher.\n  Give (inputs, labels), loss=, or teacher=.")
-            return own, output
+            if own is not None:
+                return own, output
+            raise DataError("These batches have no labels, and there is no teacher.\n  Give (inputs, labels), loss=, or teacher=.")
         autocast = torch.autocast(place.type, torch.bfloat16, enabled=how.precision == "bfloat16")
         with torch.no_grad(), autocast, losses.outputs(self.teacher, self.inner) as theirs:
             wanted = scores_of(self.teacher(*taught[0], **taught[1]))
-        distilled = losses.distance(scores_of(output), wanted, how.temperature, labels)
+        distilled = losses.distance(scores_of(output), wanted, how.temperature, None if self.loss else labels)
         value = distilled if own is None else how.distil * distilled + (1 - how.distil) * own
         return value + how.features * losses.apart(ours, theirs) if self.inner else value, output
 

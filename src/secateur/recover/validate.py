@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from secateur.errors import DataError
+from secateur.errors import DataError, SecateurError, first_line, out_of_memory
 from secateur.models.quality import hits as right
 from secateur.models.quality import scores_of
 from secateur.recover.order import rows_of
@@ -60,7 +60,9 @@ def validated(batches: Iterable[Any], value: Callable[[Parts], tuple[Tensor, Any
         try:
             loss, output = value(parts)
         except (IndexError, RuntimeError, ValueError) as error:
-            raise DataError(f"Batch {at} of the validation data does not fit: {str(error).splitlines()[0][:200]}.\n"
+            if isinstance(error, SecateurError) or out_of_memory(error):
+                raise
+            raise DataError(f"Batch {at} of the validation data does not fit: {first_line(error)}.\n"
                             "  Give rows and labels as those that are trained on.") from error  # fmt: skip
         total, rows = total + float(loss) * count, rows + count
         scores = scores_of(output)
