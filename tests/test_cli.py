@@ -24,17 +24,6 @@ def tree(path):
     return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-@pytest.fixture
-def run(capsys):
-    def run(*arguments, code=0):
-        found = cli.main([str(a) for a in arguments])
-        said = capsys.readouterr()
-        assert found == code, said.out + said.err
-        return said.out if code == 0 else said.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Weights of the net after a little training on digits, as safetensors."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur import cli, explore
+from secateur import explore
 from secateur.budget import Latency, MACs, Params, parse_points
 from secateur.errors import InputError, TargetError
 from secateur.score import CRITERIA
@@ -157,17 +157,6 @@ def test_lists_that_are_none_are_refused(texts, says):
 
 
 # ---------------------------------------------------------------- the command
-@pytest.fixture
-def run(capsys):
-    def run(*arguments, code=0):
-        found = cli.main([str(a) for a in arguments])
-        said = capsys.readouterr()
-        assert found == code, said.out + said.err
-        return said.out if code == 0 else said.err
-
-    return run
-
-
 def order(out, *more, levels=LEVELS):
     return ("sweep", NET, "--at-most", "macs=" + ",".join(x.removeprefix("macs=") for x in levels), "--data", ROWS, "-o", out, *more)
 

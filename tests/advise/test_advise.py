@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 import secateur as sc
-from secateur import cli
 from secateur.advise import Settings, Source, candidates
 from secateur.advise.candidates import careful
 from secateur.advise.clock import OutOfTime, at_most
@@ -49,17 +48,6 @@ def search(out=None, minutes=60.0, **settings):
 
 def by_name(done):
     return {row["name"]: row for row in done.rows}
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*arguments, code=0):
-        found = cli.main([str(a) for a in arguments])
-        said = capsys.readouterr()
-        assert found == code, said.out + said.err
-        return said.out
-
-    return run
 
 
 def test_every_row_has_its_figures_or_its_reason(tmp_path):
