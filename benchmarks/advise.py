@@ -1,8 +1,8 @@
 """`python -m benchmarks.advise [--minutes 15]`: `secateur advise` on ResNet-56 / CIFAR-10, as a user runs it.
 
-The command is a process of its own in a new folder, with the threads that this one has (`cores`); network and data come from the two functions below, by the form
-`file.py:function`. All 50,000 training images are offered, of which it takes the 512 that it calibrates with by default; it compares on
-2,000 of the 10,000 test images. `results/advise.json` has its wall-clock seconds and its rows.
+The command is a process of its own in a new folder, with the threads that this one has (`cores`); network and data come from the two
+functions below, by the form `file.py:function`. All 50,000 training images are offered, of which it takes the 512 that it calibrates with
+by default; it compares on 2,000 of the 10,000 test images. `results/advise.json` has its wall-clock seconds and its rows.
 """
 
 from __future__ import annotations
