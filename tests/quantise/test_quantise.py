@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -387,3 +389,33 @@ def test_command_lines_that_cannot_be_meant(line, said, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     assert main(line) == 2
     assert said in capsys.readouterr().err
+
+
+SIGNALLED = """
+import ctypes, os, signal, sys
+from pathlib import Path
+import numpy as np
+from secateur.quantise import by_nncf
+class Stack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+def stack():
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(now := Stack()))
+    return now.start, now.size
+seen, before = [], stack()
+signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
+model = Path(sys.argv[1])
+feeds = [{"x": np.random.default_rng(i).normal(size=(1, 6, 16)).astype("float32")} for i in range(4)]
+by_nncf.static(model, model.with_name("int8.xml"), feeds)
+assert stack() == before, "another signal stack than before"
+os.kill(os.getpid(), signal.SIGUSR1)
+assert seen == [1]
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the plugin's own signal stacks are those of Linux")
+def test_signals_are_survived_after_openvino_ran_in_this_process(tmp_path):
+    needs(How("openvino", "static"))
+    model, args = transformer()
+    (file, _, _), _ = write("openvino", model, (args, {}), tmp_path)
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, str(file.path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:] or done.returncode

@@ -102,12 +102,16 @@ def _advanced(nncf: Any, name: str, smooth: bool) -> Any:
 
 
 def _error(found: Any, model: Any, feeds: Sequence[Feed]) -> float:
-    """How far the outputs of one model are from those of another, as `rows.error`; infinite where they are no numbers."""
+    """How far the outputs of one model are from those of another, as `rows.error`; infinite where they are no numbers.
+
+    One Core for both: each one gives this thread a signal stack while it lives, and when two of them end in the order in which they began, the
+    thread is left with one whose memory is gone. The next signal (Ctrl-C, the end of a child) would then end the process.
+    """
     import openvino as ov
 
-    outputs = []
+    core, outputs = ov.Core(), []
     for each in (found, model):
-        request = ov.Core().compile_model(each, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+        request = core.compile_model(each, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
         outputs.append([[np.array(value) for value in request.infer(dict(feed)).values()] for feed in feeds])
     off = error(*outputs)
     return off if math.isfinite(off) else math.inf
