@@ -1,7 +1,7 @@
 """One training run in this process, which may be one of several that torchrun started: `python worker.py KIND FOLDER OUT EPOCHS STEPS`.
 
-FOLDER may hold RANK, for a disk of its own. KIND is copies, shard or lora for
-`recover`; or a kind of schedule in a loop of its own, the weights spread over the processes.
+FOLDER may hold RANK, for a disk of its own. KIND is copies, shard or lora for `recover`, ignored where not all labels count, taught where a teacher
+has a say on them besides; or a kind of schedule in a loop of its own, the weights spread over the processes.
 """
 
 import os
@@ -17,6 +17,8 @@ from secateur.models.data import Batches
 from secateur.recover import Gradual, Schedule, Training, recover
 from secateur.recover.checkpoint import full, state_of
 from secateur.recover.order import part_of
+
+SOME = ("ignored", "taught")
 
 
 class Block(nn.Module):
@@ -48,6 +50,13 @@ def rows(n=120):
     labels = torch.randint(0, 4, (n,), generator=g)
     waves = torch.stack([torch.sin(torch.arange(8) * (k + 1) * 0.7) for k in range(4)])
     return Batches(waves[labels][:, None, None, :] + 0.3 * torch.randn(n, 1, 8, 8, generator=g), labels, 32)
+
+
+def some_ignored():
+    """Half of the labels do not count: of few rows one of two processes may have none that does."""
+    data = rows()
+    data.labels[::2] = -100
+    return data
 
 
 class Stop(Exception):
@@ -94,18 +103,21 @@ def scheduled(kind, out, epochs):
 def main(kind, folder, out, epochs, steps):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if kind not in ("copies", "shard", "lora"):
+    if kind not in ("copies", "shard", "lora", *SOME):
         return scheduled(kind, out, epochs)
-    data = rows()
+    data = some_ignored() if kind in SOME else rows()
+    teacher = Mixer().eval() if kind == "taught" else None
     result = sc.sparsify(Mixer().eval(), (data.inputs[:2],), sc.Sparse(keep="40%", by="magnitude", refit=False))
-    how = Training(epochs=float(epochs), optimizer="adamw", lr=0.01, shard=kind == "shard", every=0.0, train="lora" if kind == "lora" else "all")
+    how = Training(epochs=float(epochs), optimizer="adamw", lr=0.01, shard=kind == "shard", every=0.0, train="lora" if kind == "lora" else "all",
+                   batch=8 if kind in SOME else 32)  # fmt: skip
 
     def progress(step, total, loss):
         if step == int(steps):
             raise Stop
 
     try:
-        done = recover(result.model, data, how, plan=result.plan, folder=folder.replace("RANK", os.environ.get("RANK", "0")), progress=progress)
+        done = recover(result.model, data, how, plan=result.plan, teacher=teacher, progress=progress,
+                       folder=folder.replace("RANK", os.environ.get("RANK", "0")))  # fmt: skip
     except Stop:
         return
     state = state_of(done.model)

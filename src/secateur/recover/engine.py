@@ -12,12 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import InputError
+from secateur.recover.loss import counted
+from secateur.recover.order import part_of, rows_of
 
 
 class Engine:
     """This process alone."""
 
     rank, world = 0, 1
+
+    def part(self, batch: Any) -> tuple[Any, float, float]:
+        """Its rows of a batch; what a mean over them is multiplied with, so that the mean over the processes is that over the batch; and by how
+        much more the mean over its labels is, which need not be as many a row (`counted`). Of fewer rows than processes all take all."""
+        if not 1 < self.world <= (rows := rows_of(batch)):
+            return batch, 1.0, 1.0
+        own = part_of(batch, self.rank, self.world)
+        share = rows_of(own) * self.world / rows
+        return own, share, counted(own) * self.world / max(1, counted(batch)) / share
 
     def wrapped(self, model: nn.Module) -> nn.Module:
         """The model to call in training."""

@@ -190,13 +190,11 @@ class Run:
 
     # ------------------------------------------------------------------ one step
     def _stepped(self, batch: Any) -> float:
-        how, world = self.how, self.engine.world
+        how = self.how
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * how.at(self.step, self.steps)
         torch.manual_seed(mixed(how.seed, self.step, 1 + self.engine.rank))  # of dropout: the same wherever a run begins again
-        rows = rows_of(batch)
-        own = part_of(batch, self.engine.rank, world) if rows >= world else batch  # of fewer rows than processes all take all
-        share = rows_of(own) * world / rows if rows >= world else 1.0
+        own, share, self.weight = self.engine.part(batch)
         self.optimizer.zero_grad(set_to_none=True)
         value = self._fitting(own) * share
         self.engine.backward(value)
@@ -234,10 +232,11 @@ class Run:
         if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
             x = augmented(args[0], how.augment, mixed(how.seed, self.step, 1001 + self.engine.rank))
             args = (x.to(memory_format=torch.channels_last) if how.channels_last else x,)
-        return self._valued((args, kwargs, labels), self.called)[0]
+        return self._valued((args, kwargs, labels), self.called, self.weight)[0]
 
-    def _valued(self, batch: tuple[tuple, dict[str, Any], Any], called: nn.Module) -> tuple[Tensor, Any]:
-        """What is made small, and what the model gives. `batch`: args, kwargs, labels; `called`: the model, or what is around it in training."""
+    def _valued(self, batch: tuple[tuple, dict[str, Any], Any], called: nn.Module, weight: float = 1.0) -> tuple[Tensor, Any]:
+        """What is made small, and what the model gives. `batch`: args, kwargs, labels; `called`: the model, or what is around it in training;
+        `weight`: of the task's own loss, by how many of the labels that count are here."""
         how, (args, kwargs, labels) = self.how, batch
         place = next(self.model.parameters()).device
         taught = alike((args, kwargs), self.teacher, copy=True) if self.teacher is not None else None  # the model may write into its inputs
@@ -250,6 +249,8 @@ class Run:
             own = losses.task_loss(output, labels)
         else:
             own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if own is not None and self.loss is None and weight != 1:
+            own = own * weight if weight else own.nan_to_num() * 0  # a mean over no labels is no number
         if self.teacher is None or taught is None:
             if own is not None:
                 return own, output

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from secateur.errors import DataError
 from secateur.models.quality import scores_of
 from secateur.recover.lora import INSIDE
+from secateur.recover.order import rows_of
 
 Loss = Callable[[Any, Any], Tensor]  # (what the model gives, the labels or the whole batch) -> a number
 IGNORED = -100  # a label that does not count, as Hugging Face has it
@@ -42,6 +43,16 @@ def task_loss(output: Any, labels: Tensor) -> Tensor:
         return F.cross_entropy(scores.float(), labels, ignore_index=IGNORED)
     raise DataError(f"The model gives {tuple(scores.shape)} and the labels are class numbers of {tuple(labels.shape)}.\n"
                     "  Give one class number for each row of scores, or pass loss=.")  # fmt: skip
+
+
+def counted(batch: Any) -> int:
+    """Class numbers of a batch that a loss is the mean of: those that are not `IGNORED`. Of a dict's sequences the first is left out: causal models
+    have no score for it, and others have a token there that is no part of the text. Rows, where the labels are something else."""
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    labels = batch.get("labels") if isinstance(batch, Mapping) else batch[1] if pair else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.dim():
+        return rows_of(batch)
+    return int((labels[:, 1:] if isinstance(batch, Mapping) and labels.dim() == 2 else labels).ne(IGNORED).sum())
 
 
 def distance(student: Tensor, teacher: Tensor, temperature: float, labels: Any = None) -> Tensor:
