@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur.errors import InputError
 from secateur.models.hf import import_transformers
 from secateur.models.vision import import_torchvision
 from secateur.recover import Gradual, Schedule, trainer_callback
@@ -94,6 +95,23 @@ def test_a_hugging_face_trainer_that_goes_on_follows_the_same_schedule(tmp_path)
     parts, again = run(tmp_path / "parts", -1)
     assert again.step == schedule.step == 24 and again.sparsity == schedule.sparsity
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+def test_a_hugging_face_trainer_may_not_bring_back_weights_without_the_zeros(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    transformers = import_transformers()
+    options = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, eval_strategy="epoch", save_strategy="epoch",
+                                             load_best_model_at_end=True, disable_tqdm=True)  # fmt: skip
+
+    def run(kind):
+        start = trainer_callback(lambda model, optimizer, steps: Schedule(model, optimizer, Gradual(keep="25%", kind=kind), steps))
+        transformers.Trainer(net := Net(), options, train_dataset=rows(), eval_dataset=rows(), callbacks=[start]).train()
+        return net
+
+    with pytest.raises(InputError, match="load_best_model_at_end"):
+        run("cubic")
+    assert float((run("one_shot").a.weight == 0).float().mean()) > 0.5  # all its steps have the zeros
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from secateur.errors import InputError
+from secateur.recover.schedule import Schedule
 
 Start = Callable[[nn.Module, torch.optim.Optimizer, int], Any]
 
@@ -23,7 +24,8 @@ def trainer_callback(start: Start) -> Any:
             `lambda model, optimizer, steps: sc.hold(model, plan, optimizer)`, or `Schedule(model, optimizer, Gradual(...), steps)`.
 
     Raises:
-        InputError: transformers is not installed.
+        InputError: transformers is not installed; in training: a schedule that is to go on has no state, or the Trainer would put older weights
+            back in the end.
     """
     try:
         from transformers import TrainerCallback
@@ -35,7 +37,13 @@ def trainer_callback(start: Start) -> Any:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             self.held = start(given["model"], plain(given["optimizer"]), int(state.max_steps))
-            if state.global_step and hasattr(self.held, "load_state_dict"):
+            if not hasattr(self.held, "load_state_dict"):
+                return
+            if args.load_best_model_at_end and isinstance(self.held, Schedule) and self.held.time.done(0) < 1:
+                self.held.remove()
+                raise InputError("load_best_model_at_end=True would end with weights of a step at which the schedule had not made all its zeros.\n"
+                                 "  Set it to False, or prune first and train with sc.hold.")  # fmt: skip
+            if state.global_step:
                 path = _beside(args, state)
                 if not path.exists():
                     raise InputError(f"training goes on at step {state.global_step}, and {path} is missing.\n"
