@@ -43,6 +43,7 @@ from secateur.repair.layers import find_layers
 from secateur.repair.study import Study
 from secateur.surgery import Cut
 from secateur.surgery.cut import state_of
+from secateur.surgery.oplog import reads
 from secateur.trace import Graph, trace
 from secateur.trace.tracer import patterns
 
@@ -226,6 +227,9 @@ def _result(model: nn.Module, graph: Graph, new: Mapping[str, Tensor], plan: Pla
         made = copy.deepcopy(model).eval()
     except Exception as error:  # whatever a user's __deepcopy__ raises
         raise CutError(f"{type(model).__name__} cannot be copied: {error}.\n  Nothing was changed. Make it copy.deepcopy-able.") from error
+    if reads(made, state_of(model).values(), *graph.program.example_inputs):
+        raise CutError(f"{type(model).__name__} calls a function kept as an attribute, which goes on with the tensors of the original in a copy.\n"
+                       "  Nothing was changed. Make it a method, or a module of its own.")  # fmt: skip
     put_into(made, graph, plan.keep, new)
     proof = proven(model, graph, plan.keep, made, new)
     require(proof, f"{type(model).__name__}, masked")

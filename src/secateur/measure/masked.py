@@ -251,7 +251,7 @@ SPECIAL: dict[str, Callable] = {
     "linear": _masking("input"),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _masking("input")),
     "convolution": _masking("input"),
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "inner"), _masking("self", "other", "mat2", "vec", "tensor")),
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner"), _masking("self", "other", "mat2", "vec", "tensor")),
     **dict.fromkeys(("addmm", "baddbmm", "addmv"), _masking("mat1", "mat2", "batch1", "batch2", "mat", "vec")),
     "einsum": _masking_list("tensors"),
     **dict.fromkeys(("_grouped_mm", "grouped_mm"), _masking("self", "mat2")),

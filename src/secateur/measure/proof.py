@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from secateur.errors import ProofError
-from secateur.measure.float64 import InFloat64, double, doubled
+from secateur.measure.float64 import InFloat64, double, doubled, lively
 from secateur.measure.masked import MaskedOriginal
 from secateur.measure.run import at_rest
 from secateur.trace import Graph
@@ -69,12 +70,16 @@ def prove(
     args, kwargs = double((tuple(args), dict(kwargs)))
     named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     state = {**double(dict(graph.capture.values)), **double(named)}
-    other = doubled(cut_model)
-    try:
+    other, noise = doubled(cut_model), lively((args, kwargs))
+
+    def both(args: tuple, kwargs: Mapping) -> tuple[list, list]:
         with torch.no_grad():
             wanted = masked_outputs(graph, keep, state, *double((args, kwargs)))  # each its own: a forward may write into them
             with at_rest(other), InFloat64():
-                got = tree_flatten(other(*args, **kwargs))[0]
+                return tree_flatten(other(*args, **kwargs))[0], wanted
+
+    try:
+        got, wanted = both(args, kwargs)
     except Exception as error:  # a forward may raise anything
         raise ProofError(
             f"{type(model).__name__} does not run in float64, in which every cut is proven: {type(error).__name__}: "
@@ -82,6 +87,11 @@ def prove(
             "Look in forward() for tensors made in a fixed dtype; x.dtype in its place lets the proof run."
         ) from error
     errors = tuple(_error(a, b) for a, b in zip(got, wanted, strict=True) if isinstance(b, torch.Tensor))
+    if noise is not None:
+        with suppress(Exception):  # a model need not take noise
+            again = [(a, b) for a, b in zip(*both(*noise), strict=True) if isinstance(b, torch.Tensor)]
+            if all(bool(torch.isfinite(b).all()) for _, b in again):
+                errors = tuple(max(e, _error(a, b)) for e, (a, b) in zip(errors, again, strict=True))
     blind = all(not bool(b.any()) for b in wanted if isinstance(b, torch.Tensor))
     return Proof(max(errors, default=0.0), TOLERANCE, errors, blind)
 

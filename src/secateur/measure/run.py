@@ -47,6 +47,8 @@ class _Kept:
         self.module = module
         with torch.no_grad(), _disable_current_modes():
             self.buffers = {k: (b, None if b.is_inference() else _copy(b)) for k, b in module._buffers.items() if b is not None}
+            written = module._parameters if getattr(module, "max_norm", None) is not None else {}  # an embedding shortens what it looks up
+            self.written = {k: (p, _copy(p)) for k, p in written.items() if p is not None and not p.is_inference()}
         self.simple = {k: v for k, v in vars(module).items() if isinstance(v, _SIMPLE)}
 
     def put_back(self) -> None:
@@ -56,6 +58,9 @@ class _Kept:
                     self.module._buffers[name] = buffer
                 if copy and (buffer._version != copy[1] or not _same(buffer, copy[0])):
                     buffer.copy_(copy[0])
+            for parameter, (values, version) in self.written.values():
+                if parameter._version != version:
+                    parameter.copy_(values)
         held = vars(self.module)
         for name, value in self.simple.items():
             if held.get(name) is not value:

@@ -25,11 +25,11 @@ from secateur.errors import FormatError
 _FUNCTIONS: dict[str, Callable] = {
     **{f"operator.{name}": getattr(operator, name) for name in (
         "getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "eq", "ne", "lt", "le", "gt", "ge",
-        "and_", "or_", "not_",
+        "and_", "or_", "not_", "is_",
     )},
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
     **{f"torch.{name}": getattr(torch, name) for name in (
-        "sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_sum", "sym_ite",
+        "_assert", "sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_sum", "sym_ite",
     ) if hasattr(torch, name)},
 }  # fmt: skip
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}

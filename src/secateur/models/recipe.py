@@ -17,6 +17,7 @@ from secateur.measure.run import at_rest
 from secateur.models import graph_file
 from secateur.models.example import rebuild
 from secateur.surgery.attributes import Edit
+from secateur.surgery.fixed import hold_inputs
 from secateur.trace.capture import evaluating
 
 Dim = torch.export.Dim
@@ -231,7 +232,12 @@ def exported(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[
     if isinstance(model, fx.GraphModule):
         return model, ""
     program, why = captured(model, args, kwargs)
-    return (None if program is None else program.module(check_guards=False)), why
+    if program is None:
+        return None, why
+    module = program.module(check_guards=False)  # those hold Python code, which is not written
+    hold_inputs(module.graph, tree_leaves((args, dict(kwargs))))
+    module.recompile()
+    return module, why
 
 
 def captured(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], lengths: bool = False) -> tuple[ExportedProgram | None, str]:

@@ -13,12 +13,15 @@ from torch.utils._pytree import tree_leaves
 from secateur.axes import Axis, mask
 from secateur.errors import CaptureError, CutError, PlanError
 from secateur.measure.count import count
+from secateur.measure.float64 import lively
+from secateur.measure.run import batch_of
 from secateur.plan import Plan
 from secateur.surgery import attributes
 from secateur.surgery.attributes import Edit
 from secateur.surgery.batch import batch_is_free
 from secateur.surgery.constants import new_shape
-from secateur.surgery.oplog import first_difference, op_log, outputs_in_float64
+from secateur.surgery.fixed import hold_batch
+from secateur.surgery.oplog import first_difference, op_log, outputs_in_float64, reads
 from secateur.surgery.predict import Prediction, cut_tensor, predict
 from secateur.trace import Graph
 from secateur.trace.call import op_name, shape_of
@@ -105,14 +108,31 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "", valu
             attributes.apply(trial, others)
             if not _refused(trial, graph, keep, (prediction.module, wanted), values):
                 why, edits = "", others
+        if not why and reads(trial, state.values(), args, kwargs):
+            why = "forward() calls a function kept as an attribute, which goes on with the tensors of the original in a copy"
         if not why:
             edits = _needed(trial, edits, graph, prediction.module)
     if why:
         free = predict(graph, plan.keep, state, free_batch=True).module
         refused = batch_is_free(free, prediction.module, args, kwargs)
+        if not refused and (refused := batch_is_free(model, model, args, kwargs)):  # forward() makes a number of the size, which the graph has
+            hold_batch(prediction.module.graph, batch_of(args, kwargs))
+            prediction.module.recompile()
         notes = [TRAINING] + ([f"the rewritten graph takes only the batch size of the example inputs: {refused}"] if refused else [])
         return Cut(prediction.module if refused else free, "graph", why, [], kept, prediction.module, notes)
-    return Cut(trial, "attributes", "", edits, kept, prediction.module)
+    return Cut(trial, "attributes", "", edits, kept, prediction.module, _unread(graph))
+
+
+def _unread(graph: Graph) -> list[str]:
+    """A note on parameters that the captured forward never reads, such as those of a head that runs in training only."""
+    capture = graph.capture
+    first = {name: capture.aliases.get(name, name) for name in capture.trainable}
+    read = {first.get(capture.tensors[n.name]) for n in capture.graph.nodes if n.op == "placeholder" and n.name in capture.tensors and n.users}
+    names = sorted(name for name, one in first.items() if one not in read)
+    if not names:
+        return []
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return [f"forward() in eval mode never reads {', '.join(names[:4])}{more}: left as they are, they may no longer fit what feeds them in training"]
 
 
 def _belongs_together(state: dict[str, torch.Tensor], graph: Graph) -> None:
@@ -195,9 +215,13 @@ def _same_work(trial: nn.Module, predicted: nn.Module, args: tuple, kwargs: dict
 
 def same_values(trial: nn.Module, predicted: nn.Module, args: tuple, kwargs: dict) -> bool:
     """Whether two modules give the same outputs in float64, to `SAME` of the largest."""
-    got, wanted = (tree_leaves(outputs_in_float64(m, args, kwargs)) for m in (trial, predicted))
-    pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if isinstance(a, torch.Tensor)]
-    return all(a.device.type == "meta" or _close(a, b) for a, b in pairs)
+    for given in ((args, kwargs), lively((args, kwargs))):
+        if given is not None:
+            got, wanted = (tree_leaves(outputs_in_float64(m, *given)) for m in (trial, predicted))
+            pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if isinstance(a, torch.Tensor)]
+            if not all(a.device.type == "meta" or _close(a, b) for a, b in pairs):
+                return False
+    return True
 
 
 def _needed(trial: nn.Module, edits: list[Edit], graph: Graph, predicted: nn.Module) -> list[Edit]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -61,3 +62,29 @@ def first_difference(a: list[Row], b: list[Row]) -> str | None:
     if len(a) != len(b):
         return f"the module runs {len(a)} arithmetic ops, the graph predicts {len(b)}"
     return None
+
+
+class _Reading(TorchDispatchMode):
+    """Whether any op takes memory of these addresses."""
+
+    def __init__(self, places: set[int]) -> None:
+        super().__init__()
+        self.places, self.found = places, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        flat, _ = tree_flatten((args, kwargs or {}))
+        self.found |= any(isinstance(a, torch.Tensor) and a.layout == torch.strided and _place(a) in self.places for a in flat)
+        return func(*args, **(kwargs or {}))
+
+
+def reads(model: torch.nn.Module, tensors: Iterable[torch.Tensor], args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a forward of `model` computes with the memory of any of these tensors: a function among the attributes of a copy still means the
+    model that it was made in."""
+    places = {_place(t) for t in tensors if t.layout == torch.strided} - {0}  # 0: on the meta device
+    with at_rest(model), untouched(args, kwargs), _Reading(places) as seen:
+        model(*args, **kwargs)
+    return seen.found
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils._pytree import tree_leaves
 
 from secateur.axes import Axis, mask
 from secateur.surgery.batch import free_the_batch
 from secateur.surgery.constants import changes
+from secateur.surgery.fixed import hold_inputs
 from secateur.trace import Graph
 from secateur.trace.blocks import bypassed, live
 from secateur.trace.call import Call, op_name
@@ -87,6 +89,7 @@ def predict(
     spec = capture.program.call_spec
     if free_batch:
         free_the_batch(graph, new, env)
+    hold_inputs(new, tree_leaves(capture.program.example_inputs))
     new.set_codegen(_PyTreeCodeGen(_PyTreeInfo(_argument_names(spec.in_spec), spec.in_spec, spec.out_spec)))
     result.module = fx.GraphModule(root, new)
     _unregister(result.module, [n for n in capture.program.constants if n not in state])

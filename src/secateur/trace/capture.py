@@ -40,8 +40,10 @@ class Capture:
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """`model` in eval mode inside, each module's own training flag restored afterwards."""
+    """`model` in eval mode inside, each module's own training flag restored afterwards, and the lists and dicts among its attributes, which
+    torch.export replaces by copies."""
     flags = [(m, m.training) for m in model.modules()]
+    held = [(vars(m), {k: v for k, v in vars(m).items() if isinstance(v, (list, dict, set, tuple))}) for m, _ in flags]
     try:
         for module, _ in flags:  # not model.eval(): modules made by torch.export refuse it
             module.training = False
@@ -49,6 +51,8 @@ def evaluating(model: nn.Module):
     finally:
         for module, flag in flags:
             module.training = flag
+        for attributes, containers in held:
+            attributes.update({k: v for k, v in containers.items() if attributes.get(k) is not v})
 
 
 def export(model: nn.Module, args: tuple, kwargs: Mapping | None = None) -> ExportedProgram:
