@@ -36,6 +36,11 @@ def reached(out: Path) -> int:
     return int(torch.load(path, weights_only=True)["step"]) if path.exists() else -1
 
 
+def finished(out: Path) -> bool:
+    """Whether there is a model; a report is there from the beginning."""
+    return (out / "model.safetensors").exists()
+
+
 def killed(folder: Path, out: Path, kills: int, seed: int) -> list[dict[str, Any]]:
     """Starts, each killed after a random time, the last one left alone."""
     draw, rows = random.Random(seed), []
@@ -50,9 +55,9 @@ def killed(folder: Path, out: Path, kills: int, seed: int) -> list[dict[str, Any
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-        rows.append({"start": number, "seconds": time.monotonic() - begin, "step_before": before, "step_after": reached(out), "done": out.exists()})
+        rows.append({"start": number, "seconds": time.monotonic() - begin, "step_before": before, "step_after": reached(out), "done": finished(out)})
         print(rows[-1], flush=True)
-        if out.exists():
+        if finished(out):
             break
     return rows
 

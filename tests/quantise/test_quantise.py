@@ -364,18 +364,18 @@ def test_nncf_reports_nothing_to_anybody():
 def test_the_command_writes_beside_the_folder_and_prints_the_table(tmp_path, capsys, monkeypatch):
     needs(WAYS[0])
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.py").write_text(
+    (tmp_path / "beside_own.py").write_text(
         "import torch\nfrom tests.quantise.nets import convolutional, data_of\n"
         "def net():\n    return convolutional()\n"
         "def rows():\n    return data_of(*convolutional())\n"
     )
-    assert main(["prune", "own.py:net", "--at-most", "macs=60%", "-o", "out"]) == 0
+    assert main(["prune", "beside_own.py:net", "--at-most", "macs=60%", "-o", "out"]) == 0
     capsys.readouterr()
-    assert main(["quantise", "out", "--data", "own:rows", "--dense", "own.py:net", "--rounds", "2"]) == 0
+    assert main(["quantise", "out", "--data", "beside_own:rows", "--dense", "beside_own.py:net", "--rounds", "2"]) == 0
     told = capsys.readouterr().out
     assert all(word in told for word in ("dense int8", "pruned int8", "accuracy", "int8 alone against pruning alone", "64 training rows", "out-int8"))
     assert sorted(path.name for path in (tmp_path / "out-int8").iterdir()) == ["model-int8.onnx", "quantised.json"]
-    assert main(["quantise", "out", "--data", "own:rows", "--rounds", "2", "--json", "--kind", "weights"]) == 0
+    assert main(["quantise", "out", "--data", "beside_own:rows", "--rounds", "2", "--json", "--kind", "weights"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in facts["rows"]] == ["model", "model int8"] and not math.isnan(facts["rows"][1]["error"])
 
