@@ -3,23 +3,9 @@
 import json
 from pathlib import Path
 
-import pytest
-
 import secateur as sc
-from secateur import cli
 
 NET = f"{Path(__file__).parent.parent / 'models' / 'nets.py'}:net"
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*arguments, code=0):
-        found = cli.main([str(a) for a in arguments])
-        said = capsys.readouterr()
-        assert found == code, said.out + said.err
-        return said.out + said.err
-
-    return run
 
 
 def test_prune_writes_the_report_beside_the_model(run, tmp_path):

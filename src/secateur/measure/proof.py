@@ -72,14 +72,22 @@ def prove(
     state = {**double(dict(graph.capture.values)), **double(named)}
     other, noise = doubled(cut_model), lively((args, kwargs))
 
-    def both(args: tuple, kwargs: Mapping) -> tuple[list, list]:
+    def masked(args: tuple, kwargs: Mapping) -> list:
         with torch.no_grad():
-            wanted = masked_outputs(graph, keep, state, *double((args, kwargs)))  # each its own: a forward may write into them
-            with at_rest(other), InFloat64():
-                return tree_flatten(other(*args, **kwargs))[0], wanted
+            return masked_outputs(graph, keep, state, *double((args, kwargs)))  # each its own: a forward may write into them
 
+    def cut(args: tuple, kwargs: Mapping) -> list:
+        with torch.no_grad(), at_rest(other), InFloat64():
+            return tree_flatten(other(*args, **kwargs))[0]
+
+    stirred: list | None = None
     try:
-        got, wanted = both(args, kwargs)
+        wanted, got = masked(args, kwargs), cut(args, kwargs)
+        if noise is not None:
+            with suppress(Exception):  # the original need not take noise; then it is not asked of the cut either
+                stirred = masked(*noise)
+            if stirred is not None and all(bool(torch.isfinite(t).all()) for t in stirred if isinstance(t, torch.Tensor)):
+                wanted, got = [*wanted, *stirred], [*got, *cut(*noise)]
     except Exception as error:  # a forward may raise anything
         raise ProofError(
             f"{type(model).__name__} does not run in float64, in which every cut is proven: {type(error).__name__}: "
@@ -87,11 +95,6 @@ def prove(
             "Look in forward() for tensors made in a fixed dtype; x.dtype in its place lets the proof run."
         ) from error
     errors = tuple(_error(a, b) for a, b in zip(got, wanted, strict=True) if isinstance(b, torch.Tensor))
-    if noise is not None:
-        with suppress(Exception):  # a model need not take noise
-            again = [(a, b) for a, b in zip(*both(*noise), strict=True) if isinstance(b, torch.Tensor)]
-            if all(bool(torch.isfinite(b).all()) for _, b in again):
-                errors = tuple(max(e, _error(a, b)) for e, (a, b) in zip(errors, again, strict=True))
     blind = all(not bool(b.any()) for b in wanted if isinstance(b, torch.Tensor))
     return Proof(max(errors, default=0.0), TOLERANCE, errors, blind)
 

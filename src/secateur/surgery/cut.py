@@ -214,14 +214,21 @@ def _same_work(trial: nn.Module, predicted: nn.Module, args: tuple, kwargs: dict
 
 
 def same_values(trial: nn.Module, predicted: nn.Module, args: tuple, kwargs: dict) -> bool:
-    """Whether two modules give the same outputs in float64, to `SAME` of the largest."""
-    for given in ((args, kwargs), lively((args, kwargs))):
-        if given is not None:
-            got, wanted = (tree_leaves(outputs_in_float64(m, *given)) for m in (trial, predicted))
-            pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if isinstance(a, torch.Tensor)]
-            if not all(a.device.type == "meta" or _close(a, b) for a, b in pairs):
-                return False
-    return True
+    """Whether two modules give the same outputs in float64, to `SAME` of the largest; on noise too, where inputs are all alike and the graph
+    takes it."""
+
+    def same(args: tuple, kwargs: dict) -> bool:
+        got, wanted = (tree_leaves(outputs_in_float64(m, args, kwargs)) for m in (trial, predicted))
+        pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if isinstance(a, torch.Tensor)]
+        return all(a.device.type == "meta" or _close(a, b) for a, b in pairs)
+
+    noise = lively((args, kwargs))
+    if noise is not None:
+        try:
+            outputs_in_float64(predicted, *noise)
+        except Exception:  # such as numbers that become an index
+            noise = None
+    return same(args, kwargs) and (noise is None or same(*noise))
 
 
 def _needed(trial: nn.Module, edits: list[Edit], graph: Graph, predicted: nn.Module) -> list[Edit]:

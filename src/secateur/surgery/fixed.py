@@ -19,7 +19,7 @@ def hold_inputs(graph: fx.Graph, values: Sequence[Any]) -> None:
         values: of the captured call, flat, one for each placeholder.
     """
     places = [n for n in graph.nodes if n.op == "placeholder"]
-    if not places or len(places) != len(values):
+    if not places:
         return
     with graph.inserting_after(places[-1]):
         for place, value in reversed(list(zip(places, values, strict=True))):
