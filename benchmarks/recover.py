@@ -69,6 +69,7 @@ def cut(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     BUILD.mkdir(parents=True, exist_ok=True)
     kept = BUILD / f"{name}.pt"
     name += "" if options.lr is None else f"-{options.lr:g}"
+    name += f"-features{options.features:g}" if options.features else ""
     begin = time.monotonic()
     model, _ = method(options.method)(task, 1 / options.share, seed)
     if kept.exists():  # the same weights as before a kill: solvers of several threads differ in the last digits
@@ -77,8 +78,10 @@ def cut(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
         torch.save(model.state_dict(), kept)
     seconds, before = time.monotonic() - begin, top1(task, model)
     print(name, "without training", before, flush=True)
-    how = Training(options.epochs, lr=options.lr, distil=0.9, precision="bfloat16", channels_last=True, augment="flip_crop", seed=seed)
-    teacher = Remembered(task.dense(), BUILD / f"teacher-{task.name}")
+    how = Training(options.epochs, lr=options.lr, distil=0.9, features=options.features or 0.0, precision="bfloat16", channels_last=True,
+                   augment="flip_crop", seed=seed)  # fmt: skip
+    dense = task.dense().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = dense if options.features else Remembered(dense, BUILD / f"teacher-{task.name}")  # what its blocks give is not kept
     done = recover(model, training_images(task.name == "ic_resnet8"), how, teacher=teacher, folder=BUILD / name, progress=told)
     macs = [count(m, task.args()).macs for m in (task.dense(), model)]
     return {"share": options.share, "method": options.method, "macs": macs[1] / macs[0], "without_training": before, "recovered": top1(task, model),
@@ -124,6 +127,7 @@ def main() -> None:
     parser.add_argument("--kind", nargs="+", default=["one_shot", "cubic", "iterative", "ac_dc", "rigl", "static"])
     parser.add_argument("--epochs", type=float, default=20.0)
     parser.add_argument("--lr", type=float, help="the highest rate of `cut`; without it the library's own")
+    parser.add_argument("--features", type=float, help="weight of the distance between the outputs of the blocks, of `cut`; without it none")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     task = TASKS[options.task]
@@ -131,7 +135,8 @@ def main() -> None:
     for seed in options.seeds:
         for kind, keep in jobs:
             same = {"what": options.what, "task": options.task, "seed": seed, "epochs": options.epochs}
-            same |= {"kind": kind, "keep": keep} if kind else {"share": options.share, "method": options.method, "lr": options.lr}
+            cutting = {"share": options.share, "method": options.method, "lr": options.lr, "features": options.features}
+            same |= {"kind": kind, "keep": keep} if kind else cutting
             rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
             if any(all(row.get(k) == v for k, v in same.items()) for row in rows):
                 continue

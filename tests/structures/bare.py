@@ -240,7 +240,32 @@ class EmbeddingInside(Tokens):
         return self.f2(on(self.f1(x).relu(), keep["h"]))
 
 
+class Bags(Case):
+    """Words of a row summed, and their largest of each feature: what recommenders look up (`EmbeddingBag`)."""
+
+    units = {"e": U("summed.weight", 1, 6), "g": U("largest.weight", 1, 4), "h": U("f1.weight", 0, 7)}
+    fixed = (("summed.weight", 0), ("largest.weight", 0))
+
+    def __init__(self):
+        super().__init__()
+        self.summed, self.largest = nn.EmbeddingBag(11, 6, mode="sum"), nn.EmbeddingBag(11, 4, mode="max")
+        self.f1, self.f2 = nn.Linear(10, 7), nn.Linear(7, 2)
+
+    def example(self):
+        return (torch.randint(0, 11, (9,), generator=torch.Generator().manual_seed(3)), torch.tensor([0, 4, 6])), {}
+
+    def forward(self, ids, offsets):
+        x = torch.cat([self.summed(ids, offsets), self.largest(ids, offsets)], dim=-1)
+        return self.f2(self.f1(x).relu())
+
+    def reference(self, keep, ids, offsets):
+        bags = [ids[a:b] for a, b in ((0, 4), (4, 6), (6, 9))]
+        e = on(torch.stack([self.summed.weight[b].sum(0) for b in bags]), keep["e"])
+        g = on(torch.stack([self.largest.weight[b].amax(0) for b in bags]), keep["g"])
+        return self.f2(on(self.f1(torch.cat([e, g], -1)).relu(), keep["h"]))
+
+
 CASES = (
     ScaleAndBias, RawMatmul, EinsumLinear, OuterProduct, Bilinear, GramMatrix, DenseExperts, BatchedExperts,
-    ModuleExperts, TiedHead, EmbeddingInside,
+    ModuleExperts, TiedHead, EmbeddingInside, Bags,
 )  # fmt: skip

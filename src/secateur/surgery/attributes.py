@@ -56,7 +56,7 @@ def standard(m: nn.Module, changed: list[Change]) -> dict[str, Any] | None:
     if isinstance(m, nn.GroupNorm):
         out = {"num_groups": new.get("num_groups", m.num_groups)}
         return {**out, "num_channels": weight.shape[0]} if weight is not None else out
-    if isinstance(m, nn.Embedding):
+    if isinstance(m, (nn.Embedding, nn.EmbeddingBag)):
         return {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
     if isinstance(m, nn.RNNBase):
         out = {"input_size": m.weight_ih_l0.shape[1], "hidden_size": m.weight_hh_l0.shape[0] // _gates(m)}

@@ -1,4 +1,4 @@
-"""Joining and choosing positions: cat, stack, split, slice, index, embedding, gather, scatter."""
+"""Joining and choosing positions: cat, stack, split, slice, index, embedding, embedding_bag, gather, scatter."""
 
 from __future__ import annotations
 
@@ -144,6 +144,13 @@ def embedding(t, c: Call) -> Value:
     return (*c.dims("indices"), w[1])
 
 
+def embedding_bag(t, c: Call) -> Value:
+    """Sums, means or maxima of rows of the table; what else it gives (positions, counts) has no dimension of the table, but with `max`."""
+    w, (bags, *others) = c.dims("weight"), c.constants("bags are formed by the data")
+    t.freeze(w[:1], c.reason("the vocabulary"))
+    return [(bags[0], w[1]), *((o[0], w[1]) if len(o) == 2 else o for o in others)]
+
+
 def gather(t, c: Call) -> Value:
     """Positions along `dim` are chosen by data; elsewhere input and index walk together."""
     x, index_dims, d = c.dims("self"), c.dims("index"), c["dim"]
@@ -215,6 +222,7 @@ RULES = {
     "index": index,
     "index_select": index_select,
     "embedding": embedding,
+    "embedding_bag": embedding_bag,
     "gather": gather,
     "index_add": index_add,
     "index_copy": index_add,
