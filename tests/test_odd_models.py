@@ -309,5 +309,7 @@ def test_torchscript_and_nan_inputs_are_named():
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     with pytest.raises(ModelError, match="TorchScript"):
         sc.prune(torch.jit.trace(net, torch.ones(2, 6)), (torch.ones(2, 6),), sc.MACs(at_most="50%"))
+    with pytest.raises(SecateurError, match="'1' is TorchScript"):
+        sc.prune(nn.Sequential(nn.Linear(6, 6), torch.jit.script(net)), (torch.ones(2, 6),), sc.MACs(at_most="50%"))
     with pytest.raises(InputError, match="holds NaN"):
         sc.prune(net, (torch.full((2, 6), float("nan")),), sc.MACs(at_most="50%"))

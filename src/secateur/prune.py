@@ -247,7 +247,7 @@ class Work:
         plan = replace(done.plan, why={**done.plan.why, "achieved": achieved(targets, before, after, done.plan)})
         notes += _not_arithmetic(plan.why["achieved"], after.macs / max(1, before.macs))
         if after != plan.after:
-            notes.append(f"the plan predicted {plan.after}, the cut model counts {after}: an op without a rule takes part")
+            notes.append(f"the plan predicted {plan.after}, the cut model counts {after} (an op without a rule, an index or a mere shape)")
         return Result(done.cut.model, plan, done.proof, before, after, done.graph, done.cut, notes, self.model, study=done.study)
 
     def _carry_out(self, graph: Graph, targets: Sequence[Target | MeasuredTarget]) -> _Done:

@@ -83,6 +83,9 @@ def _why_not_captured(model: nn.Module, args: tuple, error: Exception) -> str:
             "A packed sequence has sizes that depend on its lengths: let forward() pack only where lengths are given and trace it "
             "with a padded batch and without them. The weights are the same, and the cut model packs as before."
         )
+    scripted = next((name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        advice = f"{scripted!r} is TorchScript, which torch.export does not capture: put the Python module that it was made from there."
     return (
         f"{type(model).__name__} could not be captured with inputs ({shapes}).\n"
         f"  It stopped at {where}\n  {type(error).__name__}: {first}\n  {advice}"
