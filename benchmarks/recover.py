@@ -4,7 +4,8 @@
 `cut`: a cut by the library's one call (repaired, without training) or by a variant of Torch-Pruning (BatchNorm re-estimated), then the same
 training for both: `secateur.recover` with the dense network as teacher, flips and crops, its default rates. `sparse`: single weights go by a
 schedule while the trained network is trained on, every kind for the same steps and rates, without a teacher; "rigl" and "set" begin from the
-largest weights, "static" from a random mask. All 50,000 training images, the last epoch counts, all 10,000 test images. Rows that are in
+largest weights, "static" from a random mask. All 50,000 training images, the last epoch counts, all 10,000 test images; with `--held-out` some
+training images are left out and the network is compared with its teacher on them, for choices that must not see the test images. Rows that are in
 `results/recover.json` already are left alone; a run that was killed goes on from `build/recover`. What the teacher gives to a batch is kept there
 too: runs of one seed see the same batches in the same order, whatever they train.
 """
@@ -36,14 +37,31 @@ RESULTS = Path(__file__).parent / "results" / "recover.json"
 BUILD = Path(__file__).parents[1] / "build" / "recover"
 
 
-def training_images(raw: bool) -> Batches:
+def training_images(raw: bool, held_out: int = 0) -> tuple[Batches, Batches]:
+    """Those that are trained on, and as many of the others as asked for."""
     parts = [cifar.pixels(f"train_{i}") for i in range(5)]
     x, y = (torch.cat(p) for p in zip(*parts, strict=True))
-    return Batches(x.float() if raw else cifar.normalised(x), y, 128)
+    x = x.float() if raw else cifar.normalised(x)
+    if not held_out:
+        return Batches(x, y, 128), Batches(x[:0], y[:0], 128)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(7))
+    kept, held = order[:-held_out], order[-held_out:]
+    return Batches(x[kept], y[kept], 128), Batches(x[held], y[held], 250)
 
 
 def top1(task: Task, model: nn.Module) -> float:
     return task.evaluate(model.eval().to(memory_format=torch.contiguous_format), None)["top1"]  # type: ignore[call-overload]
+
+
+@torch.no_grad()
+def like(model: nn.Module, teacher: nn.Module, held: Batches) -> dict[str, float]:
+    """Over images that were not trained on: KL(teacher || model) in nats, and the share of them that both put into the same class."""
+    model, apart, same = model.eval().to(memory_format=torch.contiguous_format), 0.0, 0  # type: ignore[call-overload]
+    for x, _ in held:
+        ours, theirs = model(x).log_softmax(1), teacher(x).log_softmax(1)
+        apart += float(F.kl_div(ours, theirs, log_target=True, reduction="sum"))
+        same += int((ours.argmax(1) == theirs.argmax(1)).sum())
+    return {"kl": apart / len(held.inputs), "agree": same / len(held.inputs)}
 
 
 class Remembered(nn.Module):
@@ -70,6 +88,7 @@ def cut(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     kept = BUILD / f"{name}.pt"
     name += "" if options.lr is None else f"-{options.lr:g}"
     name += f"-features{options.features:g}" if options.features else ""
+    name += f"-without{options.held_out}" if options.held_out else ""
     begin = time.monotonic()
     model, _ = method(options.method)(task, 1 / options.share, seed)
     if kept.exists():  # the same weights as before a kill: solvers of several threads differ in the last digits
@@ -82,9 +101,11 @@ def cut(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
                    augment="flip_crop", seed=seed)  # fmt: skip
     dense = task.dense().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher = dense if options.features else Remembered(dense, BUILD / f"teacher-{task.name}")  # what its blocks give is not kept
-    done = recover(model, training_images(task.name == "ic_resnet8"), how, teacher=teacher, folder=BUILD / name, progress=told)
+    data, held = training_images(task.name == "ic_resnet8", options.held_out)
+    done = recover(model, data, how, teacher=teacher, folder=BUILD / name, progress=told)
     macs = [count(m, task.args()).macs for m in (task.dense(), model)]
-    return {"share": options.share, "method": options.method, "macs": macs[1] / macs[0], "without_training": before, "recovered": top1(task, model),
+    found = like(model, task.dense().eval(), held) if options.held_out else {"recovered": top1(task, model)}
+    return {"share": options.share, "method": options.method, "macs": macs[1] / macs[0], "without_training": before, **found,
             "seconds_of_pruning": seconds, "history": done.history}  # fmt: skip
 
 
@@ -128,6 +149,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=20.0)
     parser.add_argument("--lr", type=float, help="the highest rate of `cut`; without it the library's own")
     parser.add_argument("--features", type=float, help="weight of the distance between the outputs of the blocks, of `cut`; without it none")
+    parser.add_argument("--held-out", type=int, default=0, help="training images that `cut` is compared with the teacher on, instead of the test")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     task = TASKS[options.task]
@@ -135,7 +157,8 @@ def main() -> None:
     for seed in options.seeds:
         for kind, keep in jobs:
             same = {"what": options.what, "task": options.task, "seed": seed, "epochs": options.epochs}
-            cutting = {"share": options.share, "method": options.method, "lr": options.lr, "features": options.features}
+            cutting = {"share": options.share, "method": options.method, "lr": options.lr, "features": options.features,
+                       "held_out": options.held_out or None}  # fmt: skip
             same |= {"kind": kind, "keep": keep} if kind else cutting
             rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
             if any(all(row.get(k) == v for k, v in same.items()) for row in rows):

@@ -124,11 +124,11 @@ def networks(data: dict[str, Any]) -> Rows:
 
 
 def recovered(rows: list[dict[str, Any]]) -> Rows:
-    """benchmarks/results/recover.json: training back; the runs on the smallest network are in the file alone."""
+    """benchmarks/results/recover.json: training back; the runs on the smallest network and without the test images are in the file alone."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     keys = ("what", "task", "share", "keep", "epochs", "method", "kind", "lr", "features")
     for row in rows:
-        if row["task"] != "ic_resnet8":
+        if row["task"] != "ic_resnet8" and not row.get("held_out"):
             groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
     cut, sparse = [], []
     for (what, task, share, keep, epochs, method, kind, lr, features), same in groups.items():
