@@ -234,6 +234,49 @@ def test_a_graph_can_only_call_tensor_operators(saved, target):
         folder.graph_file.from_json(form, folder.recipe.as_module_tensors(*_held(saved)))
 
 
+def _argument(form, code):
+    next(n for n in form["nodes"] if n["op"] == "call_function")["kwargs"] = {f"**({code} or {{}}), bias": None}
+
+
+def _placeholder(form, code):
+    form.pop("call")
+    next(n for n in form["nodes"] if n["op"] == "placeholder")["target"] = f"input={code}"
+
+
+def _signature(form, code):
+    form["call"]["arguments"] = [f"x={code}"]
+
+
+def _attribute(form, code):
+    row = next(n for n in form["nodes"] if n["op"] == "get_attr")
+    row["target"] = f'a", {code}) or getattr(self, "b'
+    return row["target"]
+
+
+@pytest.mark.parametrize("put", [_argument, _placeholder, _signature, _attribute])
+def test_names_in_a_graph_are_not_run(saved, put, tmp_path):
+    """torch.fx writes them into Python source as they are."""
+    form, tensors = json.loads((saved / "graph.json").read_text()), folder.recipe.as_module_tensors(*_held(saved))
+    if name := put(form, f"__import__('os').mkdir({str(tmp_path / 'harm')!r})"):
+        tensors = {**tensors, name: torch.zeros(2)}
+    with pytest.raises(FormatError, match="would run as code"):
+        folder.graph_file.from_json(form, tensors)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_operators_of_other_libraries_that_take_text_are_refused(saved):
+    library = torch.library.Library("secateur_tests", "DEF")
+    library.define("write(str path, Tensor x) -> Tensor")
+    library.define("double(Tensor x) -> Tensor")
+    form, tensors = json.loads((saved / "graph.json").read_text()), folder.recipe.as_module_tensors(*_held(saved))
+    call = next(n for n in form["nodes"] if n["op"] == "call_function")
+    call["target"] = "secateur_tests::double.default"
+    folder.graph_file.from_json(form, tensors)
+    call["target"] = "secateur_tests::write.default"
+    with pytest.raises(FormatError, match="may open files"):
+        folder.graph_file.from_json(form, tensors)
+
+
 @pytest.mark.parametrize("kind", ["builtins.object", "collections.defaultdict", "os.path.x"])
 def test_a_graph_can_only_take_and_return_plain_containers(saved, kind):
     form = json.loads((saved / "graph.json").read_text())

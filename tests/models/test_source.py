@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 
 import nets
@@ -232,6 +233,34 @@ def test_objects_in_a_program_are_refused(pt2, evil):
     with zipfile.ZipFile(pt2, "a") as archive:
         archive.writestr("net/data/constants/opaque_obj_0", pickle.dumps(Evil()))
     refused(str(pt2), r"opaque_obj_0 is an object of some class")
+
+
+HIDDEN = ["data/weights/model.pt", "data/constants/model.pt", "models/other.JSON", "models/weight_0", "data/aotinductor/a.so"]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_members_that_torch_export_does_not_write_are_refused(pt2, evil, name):
+    rewrite(pt2, lambda name, old: old)
+    with zipfile.ZipFile(pt2, "a") as archive:
+        archive.writestr(f"net/{name}", pickle.dumps(Evil()))
+    refused(str(pt2), rf"{re.escape(name)} is an object of some class, or nothing that torch.export writes")
+
+
+def test_a_second_member_of_the_same_name_is_refused(pt2, evil):
+    """zipfile reads the last of them, torch the first."""
+    with zipfile.ZipFile(pt2, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = next(n for n in archive.namelist() if "models/" in n)
+        archive.writestr(model, archive.read(model))
+    refused(str(pt2), r"two of its members have the same name")
+
+
+def test_operators_that_may_open_files_are_refused(pt2):
+    library = torch.library.Library("secateur_tests_of_programs", "DEF")
+    library.define("write(str path, Tensor x) -> Tensor")
+    rewrite(pt2, lambda name, old: old.replace(b"torch.ops.aten.relu.default", b"torch.ops.secateur_tests_of_programs.write.default"))
+    refused(str(pt2), r"secateur_tests_of_programs.write", r"no tensor operator")
+    del library
 
 
 @pytest.mark.parametrize("target", ["torch.hub.load", "torch.ops.aten.from_file.default", "torch.utils.os.system"])

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import keyword
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -35,6 +37,8 @@ _FUNCTIONS: dict[str, Callable] = {
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _REGIONS = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "cond", "while_loop", "scan", "map_impl"}
 _REFUSED = {"aten::from_file", "aten::save", "aten::print"}  # the operators that touch something other than tensors
+_OWN = ("aten", "prims", "secateur")
+_QUOTABLE = re.compile(r'[^"\\\x00-\x1f\x7f]+')  # what can stand between quotes of Python source and end nothing there
 _SETTINGS = (torch.dtype, torch.layout, torch.memory_format)
 _CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None)
 
@@ -160,6 +164,7 @@ def _build(form: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> fx.G
             raise FormatError(f"graph.json reads a tensor {name!r} that model.safetensors does not hold.\n"
                               "  The folder is incomplete: save it again.")  # fmt: skip
     for name, tensor in tensors.items():
+        _plain(name, _QUOTABLE.fullmatch(name))
         install(root, name, tensor)
     for name, body in form.get("regions", {}).items():
         root.add_module(name, _build(body, {}))
@@ -169,6 +174,8 @@ def _build(form: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> fx.G
         _add_node(graph, row, env)
     if call := form.get("call"):
         out = _spec(call["out"]) if call["out"] is not None else None
+        for name in call["arguments"]:
+            _plain(name, _is_word(name.lstrip("*")))
         graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(call["arguments"]), _spec(call["in"]), out)))
     graph.lint()
     module = fx.GraphModule(root, graph)
@@ -188,7 +195,27 @@ def _add_node(graph: fx.Graph, row: Mapping[str, Any], env: dict[str, fx.Node]) 
     if op not in ("placeholder", "get_attr", "call_function"):
         raise FormatError(f"graph.json has a node of kind {op!r}, which secateur never writes. Save the folder again.")
     found = _function(target) if op == "call_function" else target
+    for name in kwargs:
+        _plain(name, _is_word(name))
+    if op != "call_function":
+        _plain(target, _QUOTABLE.fullmatch(target) if op == "get_attr" else _is_word(target.lstrip("*")))
     env[row["name"]] = graph.create_node(op, found, args, kwargs, name=row["name"])
+
+
+def _is_word(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name)
+
+
+def _plain(name: str, fits: object) -> None:
+    """torch.fx writes names into Python source as they are, and runs it."""
+    if not fits:
+        raise FormatError(f"graph.json holds the name {name[:80]!r}, which would run as code.\n  Do not load this folder; ask who made it.")
+
+
+def opens_files(found: Callable) -> bool:
+    """Whether an operator of another library takes text: a path, for all that is known (`image::write_file` of torchvision)."""
+    schema = getattr(found, "_schema", None)
+    return schema is not None and schema.name.split("::")[0] not in _OWN and any("str" in str(a.type) for a in schema.arguments)
 
 
 def _function(name: str) -> Callable:
@@ -201,10 +228,10 @@ def _function(name: str) -> Callable:
     if f"{space}::{base}" not in _REFUSED and base.isidentifier() and overload.isidentifier():
         packet = getattr(getattr(torch.ops, space), base, None) if space.isidentifier() else None
         found = getattr(packet, overload, None)
-        if isinstance(found, torch._ops.OpOverload):
+        if isinstance(found, torch._ops.OpOverload) and not opens_files(found):
             return found
     raise FormatError(
-        f"graph.json calls {name!r}, an operator this process does not have (torch {torch.__version__}).\n"
+        f"graph.json calls {name!r}, an operator that this process does not have (torch {torch.__version__}) or that may open files.\n"
         "  Import the library that registers it before loading, or load with a factory."
     )
 

@@ -20,8 +20,11 @@ import torch
 from torch import fx, nn
 
 from secateur.errors import ModelError
+from secateur.models.graph_file import opens_files
 
 _RAW = re.compile(r"(weight|tensor)_\d+")
+_KNOWN = re.compile(r"[^/]*|\.data/[^/]*|extra/.*|models/[^/]+\.json|data/sample_inputs/[^/]+\.pt|"
+                    r"data/(weights|constants)/((weight|tensor)_\d+|[^/]+_config\.json)")  # fmt: skip
 _OPERATOR = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?|(_operator|math)\.[a-z_]+|torch\.sym_\w+")
 _EXPRESSION = re.compile(r"[\w\s+\-*/%(),.<>=!&|~]*")
 _WORDS = re.compile(r"[A-Za-z_]\w*")
@@ -65,14 +68,17 @@ def _look_through(path: Path) -> tuple[tuple, dict[str, Any]] | None:
     if len({name.partition("/")[0] for name in names}) != 1 or not any(n.startswith("models/") for n in members):
         raise ModelError(f"{path} is an archive of another kind or an older format.\n"
                          "  Write it again with torch.export.save(program, path).")  # fmt: skip
+    if len({name.lower() for name in names}) != len(names):  # readers differ in which of two they take
+        raise _refused(path, "two of its members have the same name")
+    for name in (name.partition("/")[2] for name in names):
+        if not _KNOWN.fullmatch(name):
+            raise _refused(path, f"{name} is an object of some class, or nothing that torch.export writes")
     inputs = None
     for name, content in members.items():
         if name.startswith("data/sample_inputs/"):
             inputs = _sample_inputs(path, content)
-        elif name.endswith(".json"):
+        elif name.startswith(("models/", "data/")):
             _check_json(path, name, content)
-        elif name.startswith("data/") and not name.startswith("data/weights/"):
-            raise _refused(path, f"{name} is an object of some class")
     return inputs
 
 
@@ -90,6 +96,13 @@ def _sample_inputs(path: Path, content: bytes) -> tuple[tuple, dict[str, Any]] |
     return held if isinstance(held, tuple) and len(held) == 2 else None
 
 
+def _may_open_files(target: str) -> bool:
+    """`torch.ops.image.write_file.default` and the like."""
+    space, _, name = target.removeprefix("torch.ops.").partition(".")
+    packet = getattr(getattr(torch.ops, space), name.partition(".")[0], None) if target.startswith("torch.ops.") else None
+    return packet is not None and any(opens_files(getattr(packet, overload)) for overload in packet.overloads())
+
+
 def _check_json(path: Path, name: str, content: bytes) -> None:
     try:
         document = json.loads(content)
@@ -100,7 +113,7 @@ def _check_json(path: Path, name: str, content: bytes) -> None:
             raise _refused(path, f"{name} keeps a tensor of a class of its own, pickled")
         if key == "path_name" and not _RAW.fullmatch(str(value)):
             raise _refused(path, f"{name} keeps an object in {value}")
-        if key == "target" and (not _OPERATOR.fullmatch(str(value)) or str(value).startswith(_REFUSED)):
+        if key == "target" and (not _OPERATOR.fullmatch(str(value)) or str(value).startswith(_REFUSED) or _may_open_files(value)):
             raise _refused(path, f"it calls {str(value)[:80]!r}, which is no tensor operator")
         if key == "expr_str":
             _check_expression(path, str(value))
