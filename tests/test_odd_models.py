@@ -269,8 +269,8 @@ def test_scores_may_be_lists_and_narrow_floats():
         assert pruned(Two(), score=lambda g, m, seed, made=made: {n: made(q.size) for n, q in g.groups.items()})
 
 
-def test_a_last_batch_of_one_row_counts_for_one_row():
-    model, x = NORMED(), torch.randn(65, 6)
+def test_a_last_batch_of_two_rows_counts_for_two_rows():
+    model, x = NORMED(), torch.randn(66, 6)
     fitted = sc.prune(model, (X,), sc.MACs(at_most="90%"), data=[x[:64], x[64:]], repair="batch_norm").model
     torch.testing.assert_close(fitted[1].running_mean, fitted[0](x).mean(0))
     assert (fitted[1].running_var / fitted[0](x).var(0) - 1).abs().max() < 0.15

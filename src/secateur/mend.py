@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.calibrate import batches
+from secateur.calibrate import Reread, batches, many_times, taken
 from secateur.errors import DataError, InputError, ProofError
 from secateur.masks import Asked, LayerMask, Means, solved, wrong_zeros
 from secateur.measure.proof import Proof, require
@@ -108,7 +108,9 @@ def agreed(result: Result, processes: Alone) -> Result:
 
 
 def _mended(result: Result, data: Iterable[Any], repair: str, say: Progress) -> Result:
-    args, _ = result.graph.program.example_inputs
+    args, kwargs = result.graph.program.example_inputs
+    held = result.study.data if result.study is not None else None
+    data = held if isinstance(held, Reread) and held.items is data else many_times(data)
     refused = ""
     if repair in FITTED:
         try:
@@ -119,7 +121,7 @@ def _mended(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
     used = 0
     if repair != "none":
         say("BatchNorm statistics")
-        used = batch_norm_statistics(result.model, batches(data, args), of(data))
+        used = batch_norm_statistics(result.model, ((a, taken(k, kwargs)) for a, k in batches(data, args)), of(data))
     if refused:
         instead = "BatchNorm re-estimated instead" if used else "and there is no BatchNorm to re-estimate"
         result.notes.append(f"not repaired by {'biases' if repair == 'bias' else 'least squares'}, {instead}: {refused}")
@@ -141,10 +143,12 @@ def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
     else:
         state, rows = study.repaired(keep, how=repair)
     new = changed(dense, graph, state)
+    again = result.plan.why.get("repair", "none") != "none"  # what an earlier repair changed goes back to the dense model's
+    written = {n: t for n, t in state.items() if n in new or (again and n in graph.tensors and t.is_floating_point())}
     before = {n: t.detach().clone() for n, t in state_of(result.model).items()}
     say("prove the repair")
     try:
-        put_into(result.model, graph, keep, new)
+        put_into(result.model, graph, keep, written)
         require(proven(dense, graph, keep, result.model, new), f"{type(dense).__name__}, repaired")
         if wrong := wrong_zeros(state_of(result.model), result.plan.weights):
             raise ProofError(f"{wrong[0]}.\n  Nothing was changed. This is a fault of secateur: please report the model.")
@@ -164,7 +168,15 @@ def _fitted(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
 
 
 def study_of(model: nn.Module, graph: Graph, data: Iterable[Any], seed: int = 0, say: Progress | None = None) -> Study:
-    """Statistics of a traced model on calibration data, computed when they are asked for and then kept."""
+    """Statistics of a traced model on calibration data, computed when they are asked for and then kept.
+
+    Raises:
+        InputError: the model is not on the CPU.
+    """
+    if other := next((t.device for t in state_of(model).values() if t.device.type != "cpu"), None):
+        raise InputError(f"the model is on {other}, and statistics for plans and repairs are computed on the CPU.\n"
+                         "  Move it there for that: model.cpu(), and the inputs too; or prune without data.")  # fmt: skip
+
     def again(args: tuple, kwargs: Mapping[str, Any]) -> Graph:
         return analyse(capture(model, args, kwargs), model, graph.ignored, for_class=graph.for_class)
 

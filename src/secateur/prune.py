@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from secateur import budget
 from secateur import score as criteria
 from secateur.budget import MeasuredTarget, Target
-from secateur.calibrate import Calibration
+from secateur.calibrate import Calibration, many_times
 from secateur.calibrate import batches as batches
 from secateur.calibrate.loss import Loss
 from secateur.errors import CaptureError, InputError, TargetError
@@ -100,7 +100,7 @@ def begin(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None, how: 
     check(model, args, kwargs)
     say("trace")
     graph = _traced(model, args, kwargs, ignore)
-    return Work(model, args, kwargs, replace(how, ignore=ignore), say, graph).but(only=how.only)
+    return Work(model, args, kwargs, replace(how, ignore=ignore, data=many_times(how.data)), say, graph).but(only=how.only)
 
 
 def _is_random(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:

@@ -6,7 +6,8 @@ from torch import nn
 
 from secateur import score
 from secateur.budget import MACs, plan
-from secateur.budget.align import align
+from secateur.budget.align import align, finite
+from secateur.budget.allocate import elimination_order
 from secateur.errors import InputError
 from secateur.surgery import cut
 from secateur.trace import trace
@@ -114,3 +115,11 @@ def test_senseless_calls_are_refused(traced):
             align(graph, planned, scores, wrong)
     with pytest.raises(InputError, match="no scores"):
         align(graph, planned, {}, 8)
+
+
+def test_minus_infinity_goes_first_and_comes_back_last():
+    scores = torch.tensor([-torch.inf, 1.0, torch.inf, -3.0])
+    assert elimination_order({"g": scores}, "global").units.tolist() == [0, 3, 1]
+    assert finite(scores).tolist() == [-3.0, 1.0, 0.0, -3.0]
+    assert finite(torch.tensor([-torch.inf, 2.0])).tolist() == [0.0, 2.0]
+    assert finite(torch.full((2,), -torch.inf)).tolist() == [0.0, 0.0]

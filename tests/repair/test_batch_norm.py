@@ -48,3 +48,28 @@ def test_nothing_changes_when_the_data_is_bad():
     with pytest.raises(DataError, match="finite"):
         batch_norm_statistics(model, [((torch.full((4, 4), float("nan")),), {})])
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_a_batch_of_one_value_has_no_variance_and_is_left_out():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    before, x = {n: t.clone() for n, t in model.state_dict().items()}, torch.randn(64, 4)
+    with pytest.raises(DataError, match="one value to a channel"):
+        batch_norm_statistics(model, [((row[None],), {}) for row in x])
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    batch_norm_statistics(model, [((x,), {})])
+    wanted = {n: t.clone() for n, t in model.state_dict().items()}
+    batch_norm_statistics(model, [((x[:1] * 9,), {}), ((x,), {}), ((x[:1],), {})])
+    assert all(torch.equal(wanted[n], t) for n, t in model.state_dict().items())
+
+
+def test_an_instance_norm_is_no_batch_norm():
+    """It normalises with copies of its own statistics, so what is behind it sees the same as in the model itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, track_running_stats=True), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)).eval()
+    x = torch.randn(16, 3, 5, 5) + 3
+    assert batch_norm_statistics(model[:2], [((x,), {})]) == 0
+    assert batch_norm_statistics(model, [((x,), {})]) == 1
+    with torch.no_grad():
+        arrives = model[:3](x)
+    torch.testing.assert_close(model[3].running_mean, arrives.mean((0, 2, 3)))

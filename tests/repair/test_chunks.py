@@ -102,6 +102,24 @@ def test_inputs_by_name():
     assert torch.equal(torch.cat([kwargs["weights"] for _, kwargs in found.feeds]), w)
 
 
+def test_inputs_by_name_in_another_order_are_not_those_of_the_trace():
+    """Both have the same shape, so only their names tell them apart."""
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = linear(4, 6), linear(6, 3)
+
+        def forward(self, x=None, mask=None):
+            return self.b(self.a(x * (mask > 0)).relu())
+
+    x, mask = torch.randn(64, 4), torch.randn(64, 4)
+    graph, again, calls = made(Gated(), x=x, mask=mask)
+    assert chunks([{"x": x, "mask": mask}] * 4, graph, again).graph is graph and not calls
+    found = chunks([{"mask": mask, "x": x}] * 4, graph, again)
+    assert found.graph is not graph and len(calls) == 1
+    assert list(found.graph.program.example_inputs[1]) == ["mask", "x"]
+
+
 def test_rows_of_another_shape_are_left_out_and_counted():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
     graph, again, _ = made(model, torch.randn(2, 1, 6, 6))

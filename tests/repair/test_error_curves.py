@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from secateur.budget.curves import Curve
 from secateur.mend import study_of
-from secateur.repair.curves import readers_of
-from secateur.repair.sensitivity import Point, calibrated, stitched
+from secateur.repair.curves import collect, readers_of
+from secateur.repair.sensitivity import Output, Point, calibrated, stitched
 from secateur.repair.solve import eliminate
+from secateur.surgery.cut import state_of
 from secateur.trace import trace
 from tests.repair.networks import Sequenced, linear, lively, seen
 
@@ -143,3 +144,30 @@ def test_groups_that_something_else_sums_over_have_no_curve():
     s = study(model, torch.randn(64, 4, 6))
     for name in s.graph.groups:
         assert name not in s.curves and bool(s.scores()[name].isinf().all())
+
+
+def test_one_number_for_a_row_is_compared_by_its_error():
+    """Its softmax is 1, whatever it is."""
+    model, x = nn.Sequential(linear(4, 8), nn.ReLU(), linear(8, 1)).eval(), torch.randn(64, 4)
+    graph, state = trace(model, (x,)), {n: t.detach() for n, t in state_of(model).items()}
+    with torch.no_grad():
+        dense = model(x)
+    wrong = {**state, "2.weight": -state["2.weight"]}
+    other = dense - 2 * (dense - model[2].bias.detach())
+    wanted = float(((other - dense) ** 2).mean() / dense.var(correction=0))
+    assert Output(graph, state, [((x,), {})]).divergence({}, wrong) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_an_error_is_relative_to_the_outputs_of_the_layer_also_behind_a_transposition():
+    """In a mixer the addition has the channels last, and the layer the tokens."""
+    def does(m, x):
+        x = m.e(x)
+        return m.h(x + m.d(m.u(x.transpose(1, 2)).relu()).transpose(1, 2))
+
+    model, x = Sequenced(does, e=linear(6, 64), u=linear(4, 12), d=linear(12, 4), h=linear(64, 3)).eval(), torch.randn(32, 4, 6)
+    graph = trace(model, (x,))
+    (reader,) = [r for r in collect(graph, state_of(model), [((x,), {})], 10**6).values() if r.layer.name == "d"]
+    with torch.no_grad():
+        e = model.e(x)
+        joined = e + model.d(model.u(e.transpose(1, 2)).relu()).transpose(1, 2)
+    assert reader.scale == pytest.approx(1 / float(joined.transpose(1, 2).reshape(-1, 4).var(0, correction=0).sum()), rel=1e-4)

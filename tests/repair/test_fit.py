@@ -211,12 +211,24 @@ def test_every_round_lowers_the_bound_on_the_error_after_the_relu(groups, other,
     assert after_relu(fit) < 0.98 * after_relu(start)
 
 
-def test_rows_are_thinned_evenly_and_never_to_nothing(monkeypatch):
+@pytest.mark.parametrize("side", [4, 8, 16])
+@pytest.mark.parametrize("share", [1 / 11.5, 1 / 22, 1 / 44])
+def test_thinned_rows_are_of_all_places_of_an_image(side, share):
+    places = (torch.arange(64.0 * side * side) % (side * side))[None, :, None]
+    rows = Rows()
+    rows.add(places, torch.zeros_like(places), None, share)
+    columns, lines = rows.joined()[0] % side, rows.joined()[0] // side
+    assert len(columns.unique()) == len(lines.unique()) == side
+
+
+def test_rows_are_thinned_and_never_to_nothing(monkeypatch):
     x, t, o = constructed(2, 1000, other=True)
     rows = Rows()
     rows.add(x, t, o, 0.26)
     kept = rows.joined()
-    assert torch.equal(kept[0], x[:, ::4]) and torch.equal(kept[1], (t + o)[:, ::4]) and torch.equal(kept[2], o[:, ::4])
+    at = [int((x[0] == row).all(1).nonzero()) for row in kept[0][0]]
+    assert len(at) == 250 and at == sorted(set(at))
+    assert torch.equal(kept[0], x[:, at]) and torch.equal(kept[1], (t + o)[:, at]) and torch.equal(kept[2], o[:, at])
     for share in (0.9, 0.7, 0.3, 0.01):  # the share that fits into the memory for rows
         monkeypatch.setattr("secateur.repair.rectified.BYTES", int(share * 4 * (x.numel() + 2 * t.numel())))
         few = Rows()

@@ -160,3 +160,21 @@ def test_writing_through_a_view_is_refused(does):
     graph = trace(model, (torch.randn(3, 6),))
     with pytest.raises(InputError, match="writes in place into a view"):
         sources(graph.capture.graph)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(768), nn.RMSNorm(768), nn.GroupNorm(1, 768)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_of_half_precision_are_those_of_torch(norm, dtype):
+    """A sum of squares of float16 ends at 65,504; torch takes it in float32."""
+    torch.manual_seed(0)
+    model = nn.Sequential(linear(16, 768), norm, linear(768, 4)).to(dtype).eval()
+    x = 30 * torch.randn(8, 16).to(dtype)
+    graph = trace(model, (x,))
+    for node, want in in_order(graph, model, x).items():
+        if node.op == "call_function":
+            check_close(flow_of(graph, model, [((x.clone(),), {})]).value(0, node), want, dtype)
+
+
+def check_close(got, want, dtype):
+    assert got.dtype == want.dtype == dtype and bool(torch.isfinite(got).all())
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * float(want.float().std()))

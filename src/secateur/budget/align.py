@@ -38,7 +38,7 @@ def align(graph: Graph, plan: Plan, scores: Mapping[str, Tensor], multiple: int 
         raise InputError(f"group {missing[0]!r} has no scores, so which of its units go is not known.\n  Pass scores for every group.")
     names = [n for n in plan.keep if n in graph.groups]
     ranked = {n: _ranked(scores[n], plan.keep[n]) for n in names}
-    worth = {n: _finite(scores[n])[ranked[n]].cumsum(0) for n in names}
+    worth = {n: finite(scores[n])[ranked[n]].cumsum(0) for n in names}
     have = {n: int(plan.keep[n].sum()) for n in names}
     steps = {n: multiple // gcd(multiple, _channels(graph, n)) for n in names}
     steps = {n: step if step <= graph.groups[n].size else 1 for n, step in steps.items()}
@@ -72,9 +72,11 @@ def _ranked(score: Tensor, keep: Tensor) -> Tensor:
     return order[torch.argsort((~keep[order]).int(), stable=True)]
 
 
-def _finite(score: Tensor) -> Tensor:
-    """Infinite scores keep a unit whatever happens, so they count nothing."""
-    return score.double().nan_to_num(posinf=0.0, neginf=0.0)
+def finite(score: Tensor) -> Tensor:
+    """Infinite scores keep a unit whatever happens, so they count nothing; of minus infinity no other unit is worth less."""
+    numbers = score[score.isfinite()].double()
+    least = float(numbers.min()) if len(numbers) else 0.0
+    return score.double().nan_to_num(posinf=0.0, neginf=min(least, 0.0))
 
 
 def _mask(order: Tensor, n: int) -> Tensor:

@@ -83,7 +83,7 @@ def elimination_order(scores: Mapping[str, torch.Tensor], allocation: str, block
             raise InputError(f"the scores of group {name!r} hold NaN.\n  Give every unit a number; infinity keeps it.")
         removable = len(value) - (name not in blocks)
         ranked = np.argsort(value, kind="stable")[:removable]
-        ranked = ranked[~np.isinf(value[ranked])]
+        ranked = ranked[~np.isposinf(value[ranked])]
         rank = np.arange(len(ranked))
         last.append(rank >= len(value) - max(1, int(np.ceil(FLOOR * len(value)))) + (name in blocks))
         keys.append(value[ranked] if allocation == "global" else (rank + 1) / len(value))

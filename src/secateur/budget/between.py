@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from secateur.budget.align import finite
 from secateur.plan import Plan
 from secateur.trace import Graph
 
@@ -25,7 +26,7 @@ def between(graph: Graph, smaller: Plan, larger: Plan, scores: Mapping[str, Tens
     extra = {n: larger.keep[n] & ~m for n, m in smaller.keep.items()}
     extra = {n: m for n, m in extra.items() if bool(m.any())}
     nothing = torch.zeros(1, dtype=torch.float64)
-    worth = {n: scores.get(n, nothing.expand(len(m))).double().nan_to_num(posinf=0.0, neginf=0.0) for n, m in extra.items()}
+    worth = {n: finite(scores.get(n, nothing.expand(len(m)))) for n, m in extra.items()}
     macs = {n: graph.cost({**smaller.keep, n: smaller.keep[n] | m}).macs - smaller.after.macs for n, m in extra.items()}
     first = sorted(extra, key=lambda n: (-float(worth[n][extra[n]].sum()) / max(1, macs[n]), n))
     left = round(t * sum(int(m.sum()) for m in extra.values()))

@@ -58,6 +58,34 @@ def read(data: Iterable[Any], args: tuple) -> Iterator[Batch]:
         yield Batch(number, found, named, labels if isinstance(labels, torch.Tensor) else None, item)
 
 
+def taken(named: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a batch's named inputs those that the model is called with: all but labels, where the example has none by name."""
+    return {k: v for k, v in named.items() if k in kwargs or (k != "labels" and not kwargs)}
+
+
+class Reread:
+    """An iterator that can be gone through many times: what it gave is kept."""
+
+    def __init__(self, items: Iterator[Any]):
+        self.items, self.kept = items, list[Any]()
+
+    def __iter__(self) -> Iterator[Any]:
+        number = 0
+        while True:
+            if number == len(self.kept):
+                try:
+                    self.kept.append(next(self.items))
+                except StopIteration:
+                    return
+            yield self.kept[number]
+            number += 1
+
+
+def many_times(data: Any) -> Any:
+    """`data`, also where it is an iterator, which could be gone through once."""
+    return Reread(data) if isinstance(data, Iterator) else data
+
+
 def _inputs(item: Any, args: tuple) -> tuple[tuple, dict[str, Any]]:
     if isinstance(item, torch.Tensor):
         return (item,), {}

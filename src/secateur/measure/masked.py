@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from secateur.axes import Axis, Dim, mask
 from secateur.trace import Graph
@@ -247,6 +248,21 @@ def _weight_norm(run: MaskedOriginal, c: Call, args: dict[str, Any]) -> Any:
     return run.call(c, args)
 
 
+def _wide(special: Callable) -> Callable:
+    """Norms and sums of half precision are taken in float32, as torch does it: squares of float16 end at 65,504."""
+
+    def widened(run: MaskedOriginal, c: Call, args: dict[str, Any]) -> Any:
+        halves = {v.dtype for v in args.values() if isinstance(v, torch.Tensor)} & {torch.float16, torch.bfloat16}
+        if not halves:
+            return special(run, c, args)
+        args = {k: v.float() if isinstance(v, torch.Tensor) and v.dtype in halves else v for k, v in args.items()}
+        given = [v.dtype for v in tree_leaves(c.node.meta["val"])]
+        out, spec = tree_flatten(special(run, c, args))
+        return tree_unflatten([t.to(dtype) for t, dtype in zip(out, given, strict=True)], spec)
+
+    return widened
+
+
 SPECIAL: dict[str, Callable] = {
     "linear": _masking("input"),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _masking("input")),
@@ -257,18 +273,18 @@ SPECIAL: dict[str, Callable] = {
     **dict.fromkeys(("_grouped_mm", "grouped_mm"), _masking("self", "mat2")),
     "transformers::grouped_mm_fallback": _masking("input", "weight"),
     "scaled_dot_product_attention": _sdpa,
-    "mean": _mean,
-    "var": _variance(root=False, both=False),
-    "std": _variance(root=True, both=False),
-    "var_mean": _variance(root=False, both=True),
-    "std_mean": _variance(root=True, both=True),
-    **dict.fromkeys(("sum", "linalg_vector_norm", "norm"), _sum_like),
+    "mean": _wide(_mean),
+    "var": _wide(_variance(root=False, both=False)),
+    "std": _wide(_variance(root=True, both=False)),
+    "var_mean": _wide(_variance(root=False, both=True)),
+    "std_mean": _wide(_variance(root=True, both=True)),
+    **dict.fromkeys(("sum", "linalg_vector_norm", "norm"), _wide(_sum_like)),
     "softmax": _softmax,
     "_softmax": _softmax,
-    "layer_norm": _layer_norm,
-    "rms_norm": _rms_norm,
-    "group_norm": _group_norm,
-    "batch_norm": _batch_norm,
+    "layer_norm": _wide(_layer_norm),
+    "rms_norm": _wide(_rms_norm),
+    "group_norm": _wide(_group_norm),
+    "batch_norm": _wide(_batch_norm),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _cell),
     "bilinear": _masking("input1", "input2"),

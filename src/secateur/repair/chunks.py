@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from secateur.calibrate.batches import arriving, batches, no_rows, run
+from secateur.calibrate.batches import arriving, batches, no_rows, run, taken
 from secateur.errors import CaptureError, DataError
 from secateur.measure.run import batch_of, shapes
 from secateur.processes import Fingerprint, check_data, of
@@ -66,7 +66,8 @@ def chunks(
     count = len(found[0]) // n
     whole = [column[: count * n].split(n) for column in found]
     feeds: list[Call] = [tree_unflatten([c[i].clone() for c in whole], spec) for i in range(count)]
-    same = batch_of(args, kwargs) == n and shapes(args, kwargs) == shapes(*feeds[0])
+    alike = tree_flatten((args, kwargs))[1] == tree_flatten(feeds[0])[1]  # names and their order too
+    same = alike and batch_of(args, kwargs) == n and shapes(args, kwargs) == shapes(*feeds[0])
     traced = graph if same else _traced(again, feeds[0], shapes(args, kwargs))
     if {k: g.size for k, g in traced.groups.items()} != {k: g.size for k, g in graph.groups.items()}:
         odd = sorted(set(traced.groups) ^ set(graph.groups)) or ["the sizes"]
@@ -103,9 +104,9 @@ def _rows(data: Iterable[Any], example: tuple[tuple, Mapping], most: int, model:
     columns: list[list[Tensor]] = []
     kind: Any = None
     spec: Any = None
-    taken = left_out = 0
+    rows = left_out = 0
     for number, (found, named) in enumerate(batches(arriving(data), args), 1):
-        named = {k: v for k, v in named.items() if k in kwargs or (k != "labels" and not kwargs)}
+        named = taken(named, kwargs)
         leaves, this = tree_flatten((found, named))
         n = batch_of(found, named)
         if n == 0:
@@ -128,9 +129,9 @@ def _rows(data: Iterable[Any], example: tuple[tuple, Mapping], most: int, model:
         spec = this
         columns = columns or [[] for _ in leaves]
         for column, t in zip(columns, leaves, strict=True):
-            column.append(t.detach()[: most - taken])
-        taken += min(n, most - taken)
-        if taken >= most:
+            column.append(t.detach()[: most - rows])
+        rows += min(n, most - rows)
+        if rows >= most:
             break
     return [torch.cat(c) for c in columns], left_out, spec
 

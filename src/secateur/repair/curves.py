@@ -118,7 +118,7 @@ def _reader(graph: Graph, layer: Layer, flow: Flow, rows: int, processes: Alone)
     dense = flow.runner.state
     names = norm_names(graph, layer.norm) if layer.norm else None
     eps = float(bind(layer.norm)["eps"]) if layer.norm else 0.0
-    target = find_target(layer).join or layer.end
+    target = find_target(layer)
     places, chunks = layer.places, len(flow.left)
     m = Moments(layer.groups, layer.features(dense[layer.weight]), 0)
     variance = 0.0
@@ -128,7 +128,7 @@ def _reader(graph: Graph, layer: Layer, flow: Flow, rows: int, processes: Alone)
         at = None if take == places else torch.randperm(places, generator=random)[:take].sort()[0]  # the same for any number of processes
         if not processes.mine(chunk):
             continue
-        x, t = layer.rows(flow.value(chunk, layer.source), at), flow.value(chunk, target)
+        x, t = layer.rows(flow.value(chunk, layer.source), at), target.pull(flow.value(chunk, target.join or layer.end))
         if not m.rows:
             begun(layer.name, processes, (x, x[:, :, :0]) if chunk == 0 else None, m)
         m.add(x, x[:, :, :0])

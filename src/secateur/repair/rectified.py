@@ -35,10 +35,12 @@ class Rows:
     limit: int = BYTES
 
     def add(self, x: Tensor, t: Tensor, o: Tensor | None, share: float, chunk: int = 0) -> None:
-        """Keep `share` of the rows of x (groups, rows, features), t and o (groups, rows, outputs), evenly spread; they are of `chunk`."""
-        step = math.ceil(1 / max(share, 1e-9))
-        x, t = x[:, ::step].float().clone(), t[:, ::step].float().clone()
-        o = torch.zeros_like(t) if o is None else o[:, ::step].float().clone()
+        """Keep `share` of the rows of x (groups, rows, features), t and o (groups, rows, outputs), drawn at random; they are of `chunk`.
+        Every so many would be the same few columns of each image, where the step divides its width."""
+        n = math.ceil(x.shape[1] / math.ceil(1 / max(share, 1e-9)))
+        some = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(chunk))[:n].sort()[0]
+        x, t = x[:, some].float(), t[:, some].float()
+        o = torch.zeros_like(t) if o is None else o[:, some].float()
         if not self.x or self.size + 4 * (x.numel() + t.numel()) <= self.limit:
             self.x.append(x)
             self.t.append(t + o)

@@ -22,7 +22,7 @@ from secateur.repair.fit import written_plainly
 from secateur.repair.flow import Flow, Runner, sources
 from secateur.repair.layers import features_of, find_layers
 from secateur.trace import Graph
-from secateur.trace.call import op_name
+from secateur.trace.call import op_name, shape_of
 
 LEVELS = (0.25, 0.5, 0.75)
 _LOGITS = frozenset("linear addmm matmul mm".split())
@@ -77,10 +77,11 @@ class Output:
 
 
 def gives_scores(graph: Graph) -> bool:
-    """Whether the first output comes straight out of a linear map: scores of classes, or of next tokens."""
+    """Whether the first output comes straight out of a linear map: scores of classes, or of next tokens. One number for a row is none:
+    its softmax is 1, whatever it is."""
     (output,) = [n for n in graph.capture.graph.nodes if n.op == "output"]
     first = next((n for n in tree_leaves(output.args[0]) if isinstance(n, fx.Node)), None)
-    return first is not None and first.op == "call_function" and op_name(first) in _LOGITS
+    return first is not None and first.op == "call_function" and op_name(first) in _LOGITS and shape_of(first.meta["val"])[-1] > 1
 
 
 def stitched(graph: Graph, state: Mapping[str, Tensor], readers: Mapping[fx.Node, Reader], keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
