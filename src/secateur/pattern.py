@@ -199,21 +199,50 @@ def kept(pattern: Pattern, shape: tuple[int, int], keep: Fraction) -> int:
         return rows * cols // pattern.of * pattern.n + over
     r, c = pattern.unit
     down, across = rows // r, cols // c
-    units = down * _some(across, keep) if pattern.per == "row" else _some(down * across, keep)
+    units = down * some(across, keep) if pattern.per == "row" else some(down * across, keep)
     return units * r * c + over
 
 
-def _some(units: int, keep: Fraction) -> int:
+def some(units: int, keep: Fraction) -> int:
     """The share of so many units, rounded down, but one at least: a filter or a layer of zeros alone cuts the network in two."""
     return max(1, int(units * keep)) if units else 0
 
 
-def choose(pattern: Pattern, score: Tensor, keep: Fraction) -> Tensor:
+def some_between(pattern: Pattern, rows: int, cols: slice, keep: Fraction) -> int:
+    """How many units of some columns stay, of each row or of the layer as `per` says, where columns are decided from left to right: with
+    those before them as many as `some` says. `rows`: of the matrix."""
+    assert not isinstance(pattern, NM)
+    down = rows // pattern.unit[0] if pattern.per == "layer" else 1
+    first, last = cols.start // pattern.unit[1], cols.stop // pattern.unit[1]
+    return some(down * last, keep) - some(down * first, keep)
+
+
+def spread(pattern: Pattern, stays: Tensor) -> Tensor:
+    """The mask (rows, cols) with every block or kernel that is kept in part kept as a whole; the same for other patterns."""
+    r, c = (1, 1) if isinstance(pattern, NM) else pattern.unit
+    rows, cols = whole(pattern, (stays.shape[0], stays.shape[1]))
+    if (r, c) == (1, 1):
+        return stays
+    out = stays.clone()
+    units = stays[:rows, :cols].reshape(rows // r, r, cols // c, c).any(3).any(1)
+    out[:rows, :cols] = units.repeat_interleave(r, 0).repeat_interleave(c, 1)
+    return out
+
+
+def limited(pattern: Pattern, score: Tensor, allowed: Tensor) -> Tensor:
+    """Scores (rows, cols) where only some weights may stay: the others are worth nothing to their block or kernel, and one of which none
+    may stay goes first."""
+    nothing = torch.where(allowed, score, torch.zeros((), dtype=score.dtype, device=score.device))
+    return nothing.masked_fill(~spread(pattern, allowed), -torch.inf)
+
+
+def choose(pattern: Pattern, score: Tensor, keep: Fraction, count: int | None = None) -> Tensor:
     """Which weights stay: bool (rows, cols).
 
     Args:
         score: (rows, cols), what each weight's removal costs; the highest stay. Infinity stays before anything finite.
         keep: the share that stays; N:M has its own.
+        count: units that stay, of each row or of the layer as `per` says, instead of that share.
 
     Raises:
         PlanError: no unit of the pattern fits into the matrix, or scores are NaN.
@@ -235,9 +264,9 @@ def choose(pattern: Pattern, score: Tensor, keep: Fraction) -> Tensor:
     r, c = pattern.unit
     units = part if (r, c) == (1, 1) else part.reshape(rows // r, r, cols // c, c).sum((1, 3))
     if pattern.per == "row":
-        picked = top(units, _some(units.shape[1], keep))
+        picked = top(units, some(units.shape[1], keep) if count is None else count)
     else:
-        picked = top(units.reshape(-1), _some(units.numel(), keep)).reshape(units.shape)
+        picked = top(units.reshape(-1), some(units.numel(), keep) if count is None else count).reshape(units.shape)
     stays[:rows, :cols] = picked if (r, c) == (1, 1) else picked.repeat_interleave(r, 0).repeat_interleave(c, 1)
     return stays
 

@@ -13,7 +13,7 @@ from secateur.masks.problem import Problem, error, masked
 from secateur.masks.ranked import relative
 from secateur.masks.refit import refit
 from secateur.masks.sparsegpt import sparsegpt
-from secateur.pattern import NM, Block, Free, kept, legal
+from secateur.pattern import NM, Block, Free, Kernels, kept, legal
 from tests.masks import reference
 from tests.masks.golden import COLUMNS, GOLDEN, asked, problem
 
@@ -128,6 +128,29 @@ def test_zeros_that_were_there_stay(name):
     got = METHODS[name].function(p)
     assert not (got.stays & ~old.stays).any()
     assert got.stays.sum() <= 36
+
+
+@pytest.mark.parametrize("pattern", [Free(), Free("row"), Block(1, 64, "row"), Block(1, 32, "row"), Block(4, 16), Kernels("row", 9)], ids=str)
+@pytest.mark.parametrize("keep", [Fraction(1, 10), Fraction(1, 50)])
+def test_sparsegpt_keeps_as_many_over_all_sets_of_columns(pattern, keep):
+    p = small(rows=16, cols=576, pattern=pattern, keep=keep, damp=0.01)
+    got = sparsegpt(p).stays
+    assert int(got.sum()) == kept(pattern, (16, 576), keep) and legal(pattern, got)
+
+
+@pytest.mark.parametrize("pattern", [Free(), Free("row"), Kernels("row", 9), Block(2, 3)], ids=str)
+def test_one_unit_at_least_stays(pattern):
+    for name in METHODS:
+        p = small(rows=4, cols=9, pattern=pattern, keep=Fraction(1, 100), damp=0.01)
+        assert int(METHODS[name].function(p).stays.sum()) >= kept(pattern, (4, 9), Fraction(1, 100)) >= 1, name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_zero_within_a_block_does_not_make_it_go_first(name):
+    """What stays is chosen by what blocks are worth, and of blocks that are zero altogether none stays before another."""
+    w = torch.tensor([[0.01, 5, 0.01, 3, 0], [0.01, 0, 0.01, 3, 0]], dtype=torch.float64)
+    p = Problem(w, torch.eye(5, dtype=torch.float64), Block(2, 1), Fraction(2, 5), w != 0)
+    assert METHODS[name].function(p).stays.tolist() == [[False, True, False, True, False], [False, False, False, True, False]]
 
 
 @pytest.mark.parametrize("name", ["sparsegpt", "obc", "alps"])

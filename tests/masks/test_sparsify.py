@@ -16,6 +16,7 @@ from secateur.models.folder import _sealed, read
 from secateur.models.verify import verify
 from secateur.pack import read_archive, write_archive
 from secateur.pattern import parse_pattern
+from secateur.recover.sparse_layers import best, layers_of
 
 
 class Net(nn.Module):
@@ -387,3 +388,23 @@ def test_a_cut_is_no_mask_and_a_mask_no_cut(net):
     keep = {**plan.keep, name: torch.arange(len(plan.keep[name])) > 0}
     with pytest.raises(PlanError, match="removes units too"):
         sc.mask(net, ARGS, sc.Plan(keep, plan.before, plan.after, {}, plan.weights, plan.patterns))
+
+
+@pytest.mark.parametrize("by", ["magnitude", "wanda", "sparsegpt", "obc", "alps"])
+def test_blocks_of_a_layer_with_zeros_are_whole_and_as_many_as_asked(by, tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    with torch.no_grad():
+        net[0].weight[::4] = 0  # a zero in every block of 4 outputs
+    x = torch.randn(64, 16)
+    result = sc.sparsify(net, (x[:2],), sc.Sparse(keep=0.5, pattern=sc.Block(4, 1), by=by), [x] * 4)
+    stays = result.plan.weights["0.weight"]
+    assert int(stays.sum()) == 256 and not verify(sc.save(result, tmp_path / by)).problems
+    blocks = stays.reshape(8, 4, 16).any(1)
+    assert not blocks[:4].all() and not blocks[:, :8].all()  # by their worth, not by their place
+
+
+def test_a_schedule_ranks_blocks_with_zeros_by_what_is_in_them():
+    (layer,) = layers_of(nn.Linear(4, 2), sc.Block(2, 1)).layers.values()
+    w = torch.tensor([[0.01, 5, 0.01, 3], [0.01, 0, 0.01, 3]])
+    assert best(layer, w.square(), sc.Block(2, 1), Fraction(1, 2), w != 0).tolist() == [[False, True, False, True], [False, False, False, True]]

@@ -21,7 +21,7 @@ from secateur.masks.methods import Solve
 from secateur.masks.problem import Problem, masked
 from secateur.masks.refit import refit
 from secateur.measure.run import at_rest
-from secateur.pattern import FREE, NM, Block, Pattern, whole
+from secateur.pattern import FREE, NM, Block, Pattern, spread, whole
 from secateur.repair.fit import Affine, bias_only, folded, least_squares, written
 from secateur.repair.flow import Flow, Runner, sources
 from secateur.repair.layers import Layer, find_layers, norm_names
@@ -158,7 +158,7 @@ class MaskedNetwork(Repair):
                 found = means.solve(p)
             level = max(level, found.damped)
             new = refit(p.w, _ridged(h, self.settings.ridge), found.w, found.stays) if means.refit else found.w
-            w[g], stays[g] = new[:, back], found.stays[:, back]
+            w[g], stays[g] = new[:, back], spread(asked.pattern, found.stays)[:, back]  # zeros within a block that stays are part of it
         return Affine(w, before.b.clone()), stays, level
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.errors import PlanError
 from secateur.masks.problem import Problem, Solution, damped, inverse, masked
 from secateur.masks.refit import refit
-from secateur.pattern import NM, top, whole
+from secateur.pattern import NM, some, top, whole
 
 LARGEST = 2304  # columns: the work grows with their third power for every row
 ELEMENTS = 2**24  # of Z that are worked on together
@@ -49,14 +49,14 @@ def _removed_first(p: Problem, z: Tensor) -> Tensor:
     w = p.w[:rows].double().reshape(rows // down, down, -1)
     may = None if p.allowed is None else p.allowed[:rows, :cols].reshape(rows // down, down, units, across).any(3).any(1)
     cost = torch.zeros(rows // down, units, dtype=torch.float64)
-    for some in torch.arange(rows // down).split(max(1, ELEMENTS // z.numel())):
-        cost[some] = _trace(w[some], z, (units, across), nm, None if may is None else may[some])
+    for part in torch.arange(rows // down).split(max(1, ELEMENTS // z.numel())):
+        cost[part] = _trace(w[part], z, (units, across), nm, None if may is None else may[part])
     if isinstance(p.pattern, NM):
         picked = torch.isinf(cost)  # as many of each group as may stay were never removed
     elif p.pattern.per == "row":
-        picked = top(cost, int(units * p.keep))
+        picked = top(cost, some(units, p.keep))
     else:
-        picked = top(cost.reshape(-1), int(cost.numel() * p.keep)).reshape(cost.shape)
+        picked = top(cost.reshape(-1), some(cost.numel(), p.keep)).reshape(cost.shape)
     stays = torch.ones(p.w.shape, dtype=torch.bool)
     stays[:rows, :cols] = picked.repeat_interleave(down, 0).repeat_interleave(across, 1)
     return stays if p.allowed is None else stays & p.allowed

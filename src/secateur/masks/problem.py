@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import DataError
-from secateur.pattern import Pattern, choose
+from secateur.pattern import Pattern, choose, limited
 
 DAMP = 0.01  # of the mean of H's diagonal (Frantar & Alistarh 2023)
 TRIES = 6
@@ -70,15 +70,15 @@ class Problem:
             return replace(self, h=torch.eye(len(dead), dtype=self.w.dtype))
         return replace(self, w=torch.where(dead, torch.zeros((), dtype=self.w.dtype), self.w)) if bool(dead.any()) else self
 
-    def choose(self, score: Tensor) -> Tensor:
-        """The mask that keeps the highest scores among the weights that may stay: bool (rows, cols).
+    def choose(self, score: Tensor, count: int | None = None) -> Tensor:
+        """The mask that keeps the highest scores among the weights that may stay: bool (rows, cols). `count`: see `secateur.pattern.choose`.
 
         Raises:
             PlanError: the pattern does not fit the matrix, or scores are NaN.
         """
         if self.allowed is None:
-            return choose(self.pattern, score, self.keep)
-        return choose(self.pattern, torch.where(self.allowed, score, -torch.inf), self.keep) & self.allowed
+            return choose(self.pattern, score, self.keep, count)
+        return choose(self.pattern, limited(self.pattern, score, self.allowed), self.keep, count) & self.allowed
 
     def part(self, cols: slice, w: Tensor) -> Problem:
         """The problem of a few columns with the weights `w`; without H."""

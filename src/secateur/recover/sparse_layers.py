@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from secateur.errors import InputError
 from secateur.masks.network import columns
 from secateur.masks.select import Selection
-from secateur.pattern import NM, Kernels, Pattern, choose, of_kernel, whole
+from secateur.pattern import NM, Kernels, Pattern, choose, limited, of_kernel, whole
 from secateur.repair.layers import Layer
 from secateur.trace.tracer import named_by
 
@@ -130,13 +130,12 @@ def best(layer: Layer, score: Tensor, pattern: Pattern, keep: Fraction, allowed:
     now = at(pattern, keep, layer)
     if now is None:
         return torch.ones_like(score, dtype=torch.bool) if allowed is None else allowed.clone()
-    if allowed is not None:
-        score = score.masked_fill(~allowed, -1)
-    given = layer.matrix(score)
+    given, may = layer.matrix(score), layer.matrix(allowed) if allowed is not None else None
     order = columns(layer, now, given.shape[2]).to(score.device)
     stays = torch.zeros(given.shape, dtype=torch.bool, device=score.device)
     for g in range(len(given)):
-        stays[g][:, order] = choose(now, given[g][:, order], keep)
+        some = given[g][:, order]
+        stays[g][:, order] = choose(now, some if may is None else limited(now, some, may[g][:, order]), keep)
     found = layer.stored(stays, torch.empty(score.shape, dtype=torch.bool, device=score.device))
     return found if allowed is None else found & allowed
 
