@@ -103,6 +103,22 @@ def test_low_rank_updates_lose_no_zero():
         sc.merge_low_rank(result.model, result.plan, {"0.weight": (b, a)})
 
 
+def test_low_rank_updates_of_half_precision_are_added_up_in_single():
+    """The product of two halves may have no half; what has none is refused before anything is written."""
+    result = sc.magnitude(net().half(), (ARGS[0].half(),), "30%")
+    before = {n: p.clone() for n, p in result.model.named_parameters()}
+    a, b = torch.full((1, 6), 300.0), torch.full((16, 1), 300.0)
+    sc.merge_low_rank(result.model, result.plan, {"0.weight": (a, b)}, scale=1e-3)
+    stays = result.plan.weights["0.weight"]
+    assert torch.equal(result.model.get_parameter("0.weight")[stays], (before["0.weight"].float() + 90).half()[stays])
+    result.model.get_parameter("0.weight").data.copy_(before["0.weight"])
+    small = {n: (torch.ones(1, p.shape[1]), torch.ones(p.shape[0], 1)) for n, p in before.items() if p.dim() == 2}
+    for factors, scale in (({**small, "0.weight": (a, b)}, 1.0), (small, float("nan"))):
+        with pytest.raises(InputError, match="would not be finite"):
+            sc.merge_low_rank(result.model, result.plan, factors, scale)
+        assert all(torch.equal(before[n], p) for n, p in result.model.named_parameters())
+
+
 def test_what_cannot_be_held_is_refused():
     result = sc.magnitude(net(), ARGS, "30%")
     optimizer = torch.optim.SGD(result.model.parameters(), 0.1)

@@ -113,6 +113,21 @@ def test_a_folder_with_train_and_test(tmp_path):
     assert len(everything(data.train)[0]) == 3 and len(everything(data.test)[0]) == 2
 
 
+@pytest.mark.parametrize("half", ["test", "val", "valid", "validation"])
+def test_classes_have_the_numbers_of_train_in_both_halves(tmp_path, half):
+    for name in ("ant", "bee", "cat"):
+        picture(tmp_path / "train" / name / "0.png")
+    for name in ("ant", "cat"):
+        picture(tmp_path / half / name / "0.png")
+    for part in ("train", half):
+        (tmp_path / part / "__MACOSX").mkdir()
+        picture(tmp_path / part / ".thumbnails" / "0.png")
+    data = load_data(f"imagefolder:{tmp_path}")
+    assert everything(data.train)[1].tolist() == [0, 1, 2] and everything(data.test)[1].tolist() == [0, 2]
+    picture(tmp_path / half / "dog" / "0.png")
+    refused(f"imagefolder:{tmp_path}", rf"{half} has the class 'dog', and .*train has not")
+
+
 def test_functions_return_arrays_or_batches():
     assert len(everything(load_data("nets:rows").test)[0]) == 13
     data = load_data("nets:batches")

@@ -202,6 +202,24 @@ def damage_two_models(out):
     return r"disagree in 1 tensors: a.weight is float32 \[\d, 1, 3, 3\], plan.json says float32 \[\d, 1, 3, 3\]"
 
 
+def damage_unlisted(out):
+    """A file that plan.json says nothing of could be any other."""
+    document = json.loads((out / "plan.json").read_text())
+    document.pop("sha256")
+    del document["files"]["model.safetensors"]
+    (out / "plan.json").write_text(folder._sealed(document))
+    return r"plan.json has no hash of model.safetensors"
+
+
+def damage_elsewhere(out):
+    (out.parent / "secret").write_text("hello")
+    document = json.loads((out / "plan.json").read_text())
+    document.pop("sha256")
+    document["files"]["../secret"] = {"bytes": 5, "sha256": atomic.sha256(out.parent / "secret")}
+    (out / "plan.json").write_text(folder._sealed(document))
+    return r"plan.json lists '../secret', which is not in the folder itself"
+
+
 DAMAGES = [value for name, value in sorted(globals().items()) if name.startswith("damage_")]
 
 

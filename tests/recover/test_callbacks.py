@@ -114,6 +114,52 @@ def test_a_hugging_face_trainer_may_not_bring_back_weights_without_the_zeros(tmp
     assert float((run("one_shot").a.weight == 0).float().mean()) > 0.5  # all its steps have the zeros
 
 
+def hooks(model):
+    return sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
+
+
+def test_a_hugging_face_trainer_that_stopped_with_an_error_begins_anew(tmp_path):
+    """What was held by the first training is not held twice by the second."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    transformers = import_transformers()
+    net, made = Net(), []
+    callback = trainer_callback(lambda m, o, steps: made.append(Schedule(m, o, Gradual(keep="25%", budget="uniform"), steps)) or made[-1])
+
+    class Broken(list):
+        def __getitem__(self, i):
+            raise OSError("the disk is gone")
+
+    options = transformers.TrainingArguments(str(tmp_path), num_train_epochs=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True)
+    with pytest.raises(OSError, match="the disk is gone"):
+        transformers.Trainer(net, options, train_dataset=Broken(rows()), callbacks=[callback]).train()
+    first = hooks(net)
+    transformers.Trainer(net, options, train_dataset=rows(), callbacks=[callback]).train()
+    assert len(made) == 2 and first > 0 and hooks(net) == 0
+    assert made[0]._handles == []
+
+
+def test_a_schedule_that_cannot_be_read_is_named_and_leaves_no_hook(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    transformers = import_transformers()
+    options = transformers.TrainingArguments(str(tmp_path), num_train_epochs=2, report_to=[], use_cpu=True, save_strategy="epoch", disable_tqdm=True)
+
+    def run(net, again):
+        callback = trainer_callback(lambda m, o, steps: Schedule(m, o, Gradual(keep="25%", budget="uniform"), steps))
+        transformers.Trainer(net, options, train_dataset=rows(), callbacks=[callback]).train(resume_from_checkpoint=again)
+
+    run(Net(), None)
+    first = tmp_path / "checkpoint-8"
+    assert not list(first.glob("*.new"))
+    held = (first / "secateur.pt").read_bytes()
+    for content in (held[: len(held) // 2], b""):
+        (first / "secateur.pt").write_bytes(content)
+        with pytest.raises(InputError, match=r"goes on at step 8, and .*secateur.pt cannot be read"):
+            run(net := Net(), str(first))
+        assert hooks(net) == 0
+
+
 @pytest.fixture
 def unheard():
     """Warnings go nowhere. One of a class of Lightning's would be sent from a worker of pytest-xdist to the main process, which would import
@@ -148,6 +194,17 @@ def test_lightning_keeps_the_zeros(tmp_path, unheard):
     trainer.fit(Wrapped(result.model), torch.utils.data.DataLoader(rows(), 8))
     for name, stays in result.plan.weights.items():
         assert not result.model.get_parameter(name)[~stays].any()
+    assert hooks(result.model) == 0
+
+    class Broken(Wrapped):
+        def training_step(self, batch, number):
+            raise OSError("the disk is gone")
+
+    trainer = module.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                             enable_model_summary=False, callbacks=[callback], default_root_dir=str(tmp_path))  # fmt: skip
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.fit(Broken(result.model), torch.utils.data.DataLoader(rows(), 8))
+    assert hooks(result.model) == 0
 
 
 def test_wrapped_optimizers_are_unwrapped():

@@ -602,6 +602,8 @@ def test_a_folder_is_not_written_with_weights_under_its_mask(tmp_path):
     state["layers.0.weight"] += 1.0
     with pytest.raises(FormatError, match=r"layers.0.weight: \d+ weights that the plan removed are not zero"):
         save_trained(saved, state, tmp_path / "to", {})
+    with pytest.raises(FormatError, match="is not in the model as it was"):
+        save_trained(saved, {n: t.bfloat16() for n, t in state_of(result.model).items()}, tmp_path / "to", {})
     assert not (tmp_path / "to").exists()
 
 

@@ -581,6 +581,26 @@ def test_a_step_that_never_came_counts_nothing_and_unused_layers_stay():
     assert schedule.step == 1 and torch.equal(schedule.masks["conv.weight"], first)  # without a gradient nothing moves
 
 
+@pytest.mark.parametrize("kind", ["cubic", "rigl"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_gradient_scaler_skips_counts_nothing(kind, fused):
+    """It calls a fused optimizer all the same, which then does nothing."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    opt, scaler = torch.optim.AdamW(model.parameters(), 0.01, fused=fused), torch.amp.GradScaler("cpu", init_scale=2.0)
+    schedule = Schedule(model, opt, Gradual(keep=0.25, kind=kind, every=1, end=4), 6)
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    for number, factor in enumerate((1.0, float("inf"), 1.0, float("inf"), 1.0)):
+        before, masks = [p.detach().clone() for p in model.parameters()], {n: m.clone() for n, m in schedule.masks.items()}
+        scaler.scale(model(x).square().mean() * factor).backward()
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        assert schedule.step == (1, 1, 2, 2, 3)[number]
+        if factor != 1.0:
+            assert all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+            assert all(torch.equal(m, schedule.masks[n]) for n, m in masks.items())
+
+
 def test_half_precision_and_moves_to_another_dtype():
     model, opt, schedule = made(Gradual(keep=0.2, kind="cubic", every=1, end=6), 8)
     train(model, opt, range(3))

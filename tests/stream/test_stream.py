@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from secateur.errors import DataError, FormatError, InputError, ModelError, PlanError
@@ -141,6 +142,30 @@ def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "write", plain)
     again = stream(tmp_path / "dense", tmp_path / "out").run(QUIET)
     assert again.blocks == 2 and hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_a_run_that_could_not_be_renamed_loses_nothing(tmp_path, monkeypatch):
+    """Nor one that was killed before: what it goes on from is there until the folder has its name."""
+    nets.folder(tmp_path / "dense", nets.made())
+    stream(tmp_path / "dense", tmp_path / "whole").run(QUIET)
+    monkeypatch.setattr(run_module.os, "rename", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(FormatError, match="is done and could not be renamed"):
+        stream(tmp_path / "dense", tmp_path / "out").run(QUIET)
+    monkeypatch.undo()
+    again = stream(tmp_path / "dense", tmp_path / "out").run(QUIET)
+    assert again.blocks == 0 and hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+def test_an_index_may_not_name_files_elsewhere(tmp_path):
+    source = nets.folder(tmp_path / "dense", nets.made())
+    shard = next(source.glob("*.safetensors"))
+    shard.rename(tmp_path / shard.name)
+    with safe_open(tmp_path / shard.name, "pt") as held:
+        names = list(held.keys())
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, f"../{shard.name}")}))
+    with pytest.raises(ModelError, match="is not in the folder itself"):
+        stream(source, tmp_path / "out")
 
 
 def test_other_settings_do_not_go_on_with_a_run(tmp_path, monkeypatch):

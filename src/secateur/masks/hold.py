@@ -127,9 +127,15 @@ def merge_low_rank(model: nn.Module, plan: Plan, factors: Mapping[str, tuple[Ten
         if name not in parameters or (b.shape[0], a.shape[1]) != tuple(parameters[name].shape) or a.shape[0] != b.shape[1]:
             have = tuple(parameters[name].shape) if name in parameters else "missing"
             raise InputError(f"weight {name!r} is {have}; A is {tuple(a.shape)} and B {tuple(b.shape)}.\n  A is (rank, inputs), B (outputs, rank).")
+    merged: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, (a, b) in factors.items():
             w = parameters[name]
-            update = (scale * (b.to(w.dtype) @ a.to(w.dtype))).to(w.device)
+            wide = torch.promote_types(w.dtype, torch.float32)  # the product of two halves may have no half
+            update = scale * (b.to(w.device, wide) @ a.to(w.device, wide))
             stays = plan.weights.get(name)
-            w.add_(update if stays is None else update.masked_fill(~stays.to(w.device), 0))
+            merged[name] = (w + (update if stays is None else update.masked_fill(~stays.to(w.device), 0))).to(w.dtype)
+            if not bool(torch.isfinite(merged[name]).all()):
+                raise InputError(f"weight {name!r} would not be finite in {w.dtype} with its factors times {scale:g}.\n  Nothing was changed.")
+        for name, new in merged.items():
+            parameters[name].copy_(new)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,29 +243,41 @@ def _channels_first(images: Tensor) -> Tensor:
 def _image_folder(root: Path, spec: str, batch_size: int, split: tuple[float, int]) -> Data:
     if not root.is_dir():
         raise DataError(f"--data {spec}: {root} is not a folder.\n  Give the folder that holds one folder per class.")
-    halves = [root / "train", next((root / n for n in ("test", "val") if (root / n).is_dir()), root / "test")]
-    if all(half.is_dir() for half in halves):
-        parts = [_read_images(half, spec) for half in halves]
+    train, test = root / "train", next((root / n for n in ("test", "val", "valid", "validation") if (root / n).is_dir()), None)
+    if train.is_dir() and test is not None:
+        classes = _classes(train)
+        if unknown := sorted(_classes(test).keys() - classes.keys()):
+            raise DataError(f"--data {spec}: {test} has the class {unknown[0]!r}, and {train} has not.\n"
+                            "  Both number their classes as the folders of train.")  # fmt: skip
+        parts = [_read_images(half, spec, list(classes)) for half in (train, test)]
         batches = [Batches(x, y, batch_size) for x, y in parts]
         return Data(spec, batches[0], batches[1], True)
-    inputs, labels = _read_images(root, spec)
-    train, test = _split(len(inputs), *split)
-    batches = [Batches(inputs[rows], labels[rows], batch_size) for rows in (train, test)]
+    inputs, labels = _read_images(root, spec, list(_classes(root)))
+    batches = [Batches(inputs[rows], labels[rows], batch_size) for rows in _split(len(inputs), *split)]
     return Data(spec, batches[0], batches[1], True)
 
 
-def _read_images(root: Path, spec: str) -> tuple[Tensor, Tensor]:
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+
+
+def _classes(root: Path) -> dict[str, int]:
+    """The numbers of the classes by name: of the folders that hold images, but for hidden ones."""
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".") and _images(path))
+    return {name: number for number, name in enumerate(names)}
+
+
+def _read_images(root: Path, spec: str, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """All images below `root`, and of each the place of its folder in `classes`."""
     try:
         import numpy as np
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise DataError("--data imagefolder reads images with pillow, which is not installed.\n"
                         "  Install it: pip install pillow") from error  # fmt: skip
-    classes = sorted(path for path in root.iterdir() if path.is_dir())
-    files = [(path, index) for index, folder in enumerate(classes) for path in sorted(folder.rglob("*"))
-             if path.suffix.lower() in _SUFFIXES]  # fmt: skip
+    files = [(path, index) for index, name in enumerate(classes) for path in _images(root / name)]
     if not files:
-        raise DataError(f"--data {spec}: {len(classes)} class folders in {root}, and no image in them.\n"
+        raise DataError(f"--data {spec}: {sum(p.is_dir() for p in root.iterdir())} class folders in {root}, and no image in them.\n"
                         "  One folder per class, each with its images.")  # fmt: skip
     images: list[Tensor] = []
     for path, _ in files:

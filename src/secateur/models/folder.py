@@ -127,7 +127,8 @@ def save_trained(saved: Saved, held: Mapping[str, Tensor], folder: str | Path, f
         if name in aliases:
             continue
         stored[name] = held[name].detach().cpu().contiguous() if name in held else saved.tensors[name]
-        if list(stored[name].shape) != entry["shape"] or (name not in held and entry["kind"] != "constant"):
+        form = list(stored[name].shape), str(stored[name].dtype).removeprefix("torch.")
+        if form != (entry["shape"], entry["dtype"]) or (name not in held and entry["kind"] != "constant"):
             raise FormatError(f"{name!r} is not in the model as it was in {saved.folder}.\n  Pass the model that was loaded from there.")
     plan = Plan.from_json(document["plan"])
     if wrong := wrong_zeros({n: stored[aliases.get(n, n)] for n in plan.weights}, plan.weights):
@@ -209,7 +210,11 @@ def read(folder: str | Path) -> Saved:
             f"  It was written by secateur {document.get('versions', {}).get('secateur', '?')}: install that version."
         )
     with _well_formed(folder):
+        for name in {TENSORS, *([GRAPH] if document["graph"]["carried"] else [])} - set(document["files"]):
+            raise FormatError(f"{folder / MARK} has no hash of {name}.\n  It was changed: save the model again.")
         for name, facts in document["files"].items():
+            if Path(name).name != name:
+                raise FormatError(f"{folder / MARK} lists {name!r}, which is not in the folder itself.\n  It was changed: save the model again.")
             _check_file(folder / name, facts)
         tensors = read_archive(folder / TENSORS)
         _check_tensors(folder, document, tensors)
@@ -287,7 +292,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _check_file(path: Path, facts: Mapping[str, Any]) -> None:
-    if path.name != str(path.name) or not path.is_file():
+    if not path.is_file():
         raise FormatError(f"{path} is missing; plan.json lists it with {facts['bytes']} bytes.\n  Copy it back, or "
                           "save the model again.")  # fmt: skip
     size = path.stat().st_size

@@ -215,20 +215,22 @@ class _Run:
         held = hold(self.model, _part(plan, inside), optimizer) if plan and inside else None
         drawn = torch.Generator().manual_seed(self.how.seed + number)
         order = chain.from_iterable(torch.randperm(len(pairs), generator=drawn).tolist() for _ in range(-(-self.how.steps // len(pairs))))
-        for step, at in zip(range(self.how.steps), order, strict=False):
-            optimizer.param_groups[0]["lr"] = self.how.lr * 0.5 * (1 + math.cos(math.pi * step / self.how.steps))
-            call, wanted = pairs[at]
-            value = (_given(module, call) - wanted).float().square().sum() / wanted.float().square().sum().clamp_min(1e-12)
-            value.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            if not bool(torch.isfinite(norm)):
-                break  # what is worse on held-out rows is put back
-            optimizer.step()
+        try:
+            for step, at in zip(range(self.how.steps), order, strict=False):
+                optimizer.param_groups[0]["lr"] = self.how.lr * 0.5 * (1 + math.cos(math.pi * step / self.how.steps))
+                call, wanted = pairs[at]
+                value = (_given(module, call) - wanted).float().square().sum() / wanted.float().square().sum().clamp_min(1e-12)
+                value.backward()
+                norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                if not bool(torch.isfinite(norm)):
+                    break  # what is worse on held-out rows is put back
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        finally:
             optimizer.zero_grad(set_to_none=True)
-        optimizer.zero_grad(set_to_none=True)
-        if held is not None:
-            held.again()
-            held.remove()
+            if held is not None:
+                held.again()
+                held.remove()
 
 
 # ---------------------------------------------------------------- what goes into a block and what comes out

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ def trainer_callback(start: Start) -> Any:
         held: Any = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            _ended(self.held)  # of a training that stopped with an error
             self.held = start(given["model"], plain(given["optimizer"]), int(state.max_steps))
             if not hasattr(self.held, "load_state_dict"):
                 return
@@ -44,18 +47,16 @@ def trainer_callback(start: Start) -> Any:
                 raise InputError("load_best_model_at_end=True would end with weights of a step at which the schedule had not made all its zeros.\n"
                                  "  Set it to False, or prune first and train with sc.hold.")  # fmt: skip
             if state.global_step:
-                path = _beside(args, state)
-                if not path.exists():
-                    raise InputError(f"training goes on at step {state.global_step}, and {path} is missing.\n"
-                                     "  Without it the schedule would begin anew.")  # fmt: skip
-                self.held.load_state_dict(torch.load(path, weights_only=True))
+                _going_on(self.held, _beside(args, state), state.global_step)
 
         def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             if hasattr(self.held, "state_dict") and state.is_world_process_zero and _beside(args, state).parent.is_dir():
-                torch.save(self.held.state_dict(), _beside(args, state))
+                whole = _beside(args, state)
+                torch.save(self.held.state_dict(), fresh := whole.with_suffix(".new"))
+                os.replace(fresh, whole)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            self.held.remove()
+            self.held = _ended(self.held)
 
     return Holding()
 
@@ -75,6 +76,7 @@ def lightning_callback(start: Start) -> Any:
         def on_train_start(self, trainer: Any, module: Any) -> None:
             if len(trainer.optimizers) != 1:
                 raise InputError(f"there are {len(trainer.optimizers)} optimizers, and this callback takes one.\n  Call sc.hold for each yourself.")
+            _ended(self.held)
             self.held = start(module, plain(trainer.optimizers[0]), int(trainer.estimated_stepping_batches))
             if self.before is not None and hasattr(self.held, "load_state_dict"):
                 self.held.load_state_dict(self.before)
@@ -86,9 +88,32 @@ def lightning_callback(start: Start) -> Any:
             self.before = state_dict["held"]
 
         def on_train_end(self, trainer: Any, module: Any) -> None:
-            self.held.remove()
+            _ended(self.held)
+
+        def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+            _ended(self.held)
 
     return Holding()
+
+
+def _ended(held: Any) -> None:
+    """Hooks off, where there are any."""
+    if held is not None:
+        held.remove()
+
+
+def _going_on(held: Any, path: Path, step: int) -> None:
+    try:
+        if not path.exists():
+            raise InputError(f"training goes on at step {step}, and {path} is missing.\n  Without it the schedule would begin anew.")
+        try:
+            state = torch.load(path, weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            raise InputError(f"training goes on at step {step}, and {path} cannot be read: {error}.\n  Go on from an earlier checkpoint.") from error
+        held.load_state_dict(state)
+    except BaseException:
+        held.remove()
+        raise
 
 
 def _beside(args: Any, state: Any) -> Path:

@@ -174,14 +174,23 @@ class Schedule:
             for name in self.masks:
                 self._forget(name, ~self.masks[name])
             self._first = None
+        if self._skipped():
+            return
         if self.how.kind == "rigl" and self.time.regrows(self.step + 1):
             self._dense = {n: whole(p.grad.detach()).abs() for n, p in self.weights.items() if p.grad is not None}
         for name, p in self.weights.items():
             if p.grad is not None:
                 p.grad.masked_fill_(self._gone(name), 0)
 
+    def _skipped(self) -> bool:
+        """Whether a gradient scaler found infinities: it calls a fused optimizer all the same, which then leaves everything as it is."""
+        found = getattr(self.optimizer, "found_inf", None)
+        return found is not None and bool(found)
+
     def _after(self) -> None:
         """After a step of the optimizer."""
+        if self._skipped():
+            return
         self.step += 1
         if self.time.changes(self.step):
             old, self.masks = self.masks, self._next()

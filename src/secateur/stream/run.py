@@ -260,13 +260,14 @@ class Stream:
         weights = {n: f for row in self.done for n, f in row["weights"].items()}
         mark = {"format": FORMAT, "method": self.rule.method.name, "files": hashes, "weights": weights}
         write_text(self.work / MARK, json.dumps({**mark, "sha256": _digest(mark)}, indent=1))
-        shutil.rmtree(self.scratch)
-        for rest in [*self.work.glob(".*.new"), self.work / PROGRESS, self.work / LOCK]:
-            rest.unlink(missing_ok=True)
         try:
             os.rename(self.work, self.out)
         except OSError as error:
-            raise FormatError(f"{self.work} is done and could not be renamed to {self.out}: {error.strerror}.\n  Rename it yourself.") from error
+            raise FormatError(f"{self.work} is done and could not be renamed to {self.out}: {error.strerror}.\n"
+                              "  Run the same command again once it can be, or rename it yourself.") from error  # fmt: skip
+        shutil.rmtree(self.out / self.scratch.relative_to(self.work))  # only now: until then the same command can go on
+        for rest in [*self.out.glob(".*.new"), self.out / PROGRESS, self.out / LOCK]:
+            rest.unlink(missing_ok=True)
 
 
 def alone(work: Path) -> Any:

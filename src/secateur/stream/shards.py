@@ -43,6 +43,8 @@ class Shards:
             raise ModelError(f"{folder} holds no {SINGLE} and no {INDEX}.\n  Give a folder with safetensors; nothing is downloaded.")
         found = cls(folder, files)
         for name in sorted(set(files.values())):
+            if Path(name).name != name:
+                raise ModelError(f"{folder / INDEX} names the file {name!r}, which is not in the folder itself.\n  Copy the folder again.")
             missing = {n for n, f in files.items() if f == name} - set(_names(folder / name))
             if missing:
                 raise ModelError(f"{folder / name} lacks {len(missing)} tensors that the index names, such as {min(missing)!r}.\n  Copy it again.")
@@ -119,7 +121,10 @@ def write_text(path: Path, text: str) -> None:
     """A small file, whole or not at all. Raises FormatError as `write`."""
     fresh = path.with_name(f".{path.name}.new")
     try:
-        fresh.write_text(text)
+        with fresh.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(fresh, path)
     except OSError as error:
         fresh.unlink(missing_ok=True)

@@ -31,12 +31,14 @@ def verify_stream(folder: str | Path) -> Verified:
     problems = list[str]()
     for name, wanted in mark["files"].items():
         path = folder / name
-        if not path.is_file():
+        if Path(name).name != name:
+            problems.append(f"{name}: is no name of a file in the folder itself")
+        elif not path.is_file():
             problems.append(f"{name}: is missing")
         elif (found := _sha256(path)) != wanted:
             problems.append(f"{name}: was altered, its sha256 is {found[:12]}... and should be {wanted[:12]}...")
     seen = zeros = size = 0
-    for name in [n for n in mark["files"] if n.endswith(".safetensors")]:
+    for name in [n for n in mark["files"] if n.endswith(".safetensors") and Path(n).name == n]:
         try:
             with safe_open(folder / name, "pt") as held:
                 for key in held.keys():  # noqa: SIM118  # it is no dict
