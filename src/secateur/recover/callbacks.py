@@ -56,7 +56,7 @@ def trainer_callback(start: Start) -> Any:
                 os.replace(fresh, whole)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            self.held = _ended(self.held)
+            _ended(self.held)
 
     return Holding()
 
