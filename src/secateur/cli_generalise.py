@@ -61,6 +61,8 @@ def generalise(  # noqa: PLR0913  # a command's parameters are its options
         held, given = given_data(data, inputs, 0, model)
         if held is None or not held.labelled:
             raise DataError(f"--data {data} has no labels, and training needs them.\n  Name a data set with labels, such as digits.")
+        if held.test is held.train:
+            raise DataError(f"--data {data} returned one set of batches, and the gap is that to other rows.\n  Return (train batches, test batches).")
         say("load")
         loaded = load_model(model, weights)
         study = Study(loaded, job.example_inputs(loaded, held, given), _cast(loaded.model, held), how)
@@ -114,7 +116,8 @@ class Study:
         Raises:
             InputError: the folder holds rows with other settings. FormatError: it cannot be read or written.
         """
-        settings = {**self.how, "state": _digest(self.loaded.model.state_dict().values()), "test_rows": _digest(_tensors(self.data.test))}
+        settings = {**self.how, "state": _digest(self.loaded.model.state_dict().values()), "test_rows": _digest(_tensors(self.data.test)),
+                    "train_rows": _digest(_tensors(self.data.train))}  # fmt: skip
         before = _read(folder, settings) if folder is not None else {}
         rows: list[Row] = list(before.get("rows", ()))
         facts = {"settings": settings, "given": before.get("given"), "rows": rows}
@@ -161,9 +164,19 @@ def _cast(model: nn.Module, data: Data) -> Data:
     """The data in the dtype and on the device of the model; rows that can be shuffled still can be."""
 
     def one(part: Any) -> Any:
+        part = _rows(part) if isinstance(part, (list, tuple)) else part
         return replace(part, inputs=job.like(model, part.inputs)) if isinstance(part, Batches) else job.Cast(model, part)
 
     return replace(data, train=one(data.train), test=one(data.test))
+
+
+def _rows(part: Sequence[Any]) -> Any:
+    """The rows of a list of batches of one form, so that every seed has an order of its own; the list where they have not."""
+    if not all(isinstance(b, (tuple, list)) and len(b) == 2 and all(isinstance(t, Tensor) and t.dim() for t in b) for b in part):
+        return part
+    if len({(x.shape[1:], x.dtype, y.shape[1:], y.dtype) for x, y in part}) != 1:
+        return part
+    return Batches(torch.cat([x for x, _ in part]), torch.cat([y for _, y in part]), max(len(x) for x, _ in part))
 
 
 def _percent(one: Fraction) -> str:

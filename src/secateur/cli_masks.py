@@ -64,6 +64,8 @@ def mask(  # noqa: PLR0913  # a command's parameters are its options
     how.share()  # what cannot be meant is said before anything is loaded
     if stream:
         by_one("--stream")
+        if other := [name for name, given in (("--weights", weights), ("--input", inputs), ("--rows", rows)) if given]:
+            raise InputError(f"{other[0]} beside --stream, which reads shards of hf/FOLDER and --samples of text.\n  Leave one of them out.")
         if entropy:
             raise InputError("--entropy beside --stream, which writes an ordinary Hugging Face folder of dense weights.\n  Leave one of them out.")
         return _streamed(model, how, (data, samples, length, at_once), out, as_json)

@@ -43,6 +43,8 @@ def quantise(  # noqa: PLR0913  # a command's parameters are its options
     """Make an int8 file, calibrated on the training part of DATA, and measure it on the test part beside float32 and the dense model."""
     how = How(runtime, kind, ranges, rows, threads, rounds)
     how.check()
+    if dense_weights and dense is None:
+        raise InputError("--dense-weights without the model that they belong to.\n  Add --dense MODEL.")
     if data is None:
         raise InputError("quantise calibrates and measures on rows, and there are none.\n  Add --data DATA; labels are used where there are some.")
     folder = _folder(out, model)

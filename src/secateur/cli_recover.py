@@ -25,6 +25,7 @@ from secateur.plan import Plan
 from secateur.recover import Reconstruction, Training, reconstruct
 from secateur.recover import recover as trained
 from secateur.recover.checkpoint import state_of
+from secateur.recover.training import ROWS
 from secateur.shell import Debug, Json, Seed, Source, command_line, given_data, show, working
 
 
@@ -38,7 +39,7 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
     factory: Annotated[str | None, typer.Option(metavar="FUNCTION", help="Builds the dense model of a folder without a graph.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the result; FOLDER-recovered without it.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate; without it 0.02 (SGD), 3e-4 (AdamW), 3e-3 (lora) per 128 rows.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a step, of all processes together.")] = 128,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows of a step, of all processes together; 128, or as data in batches has them.")] = None,
     train: Annotated[str, typer.Option(help="all; norms: norms and biases alone; lora: they, and low-rank updates that are merged.")] = "all",
     rank: Annotated[int, typer.Option(min=1, help="Of the updates of --train lora.")] = 8,
     blocks: Annotated[int, typer.Option(min=0, help="Steps for each block to give what the teacher's gives, before; 0: none.")] = 0,
@@ -54,12 +55,14 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
     debug: Debug = False,
 ) -> None:
     """Train a pruned model back; its widths and its zeros stay. Goes on after a kill; `torchrun -m secateur recover ...` shares the work."""
-    how = Training(epochs, batch, lr, train=train, distil=distil, features=features, ema=ema, precision=precision, channels_last=channels_last,
-                   augment=augment, seed=seed, shard=shard, rank=rank)  # fmt: skip
+    how = Training(epochs, batch or ROWS, lr, train=train, distil=distil, features=features, ema=ema, precision=precision,
+                   channels_last=channels_last, augment=augment, seed=seed, shard=shard, rank=rank)  # fmt: skip
     if data is None:
         raise InputError("recover needs data to train on.\n  Add --data DATA.")
-    if blocks and teacher is None:
-        raise InputError("--blocks without a dense model, whose blocks are what is learned.\n  Add --teacher MODEL.")
+    if teacher is None and (lonely := [n for n, v in (("blocks", blocks), ("teacher-weights", teacher_weights), ("features", features)) if v]):
+        raise InputError(f"--{lonely[0]} without a dense model, which is what is learned from.\n  Add --teacher MODEL.")
+    if shard and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise InputError("--shard spreads the weights over processes, and there is one.\n  Start it by torchrun, or leave --shard out.")
     main, to = int(os.environ.get("RANK", "0")) == 0, Path(out or f"{folder.rstrip('/')}-recovered")
     refuse_foreign(to)  # before hours of training, not after
     with working(as_json or not main) as say:
@@ -70,7 +73,7 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
         dense = None if teacher is None else load_model(teacher, teacher_weights).model
         if not held.labelled and dense is None:
             raise DataError(f"--data {data} has no labels.\n  Add --teacher MODEL, whose outputs are learned then, or data with labels.")
-        how = how if isinstance(held.train, Batches) else replace(how, batch=None)
+        how = how if isinstance(held.train, Batches) else _as_they_come(how, batch)
         work = Work(saved, model, dense, held, how, to)
         say("accuracy")
         work.measured("dense", dense)
@@ -79,6 +82,12 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
         facts = {**work.through(blocks, display, command_line(context) if main else None), "teacher": teacher, "data": data}
     if main:
         work.finished(facts, as_json)
+
+
+def _as_they_come(how: Training, batch: int | None) -> Training:
+    if batch:
+        raise InputError(f"--batch {batch} beside data that comes in batches.\n  Leave it out, or return rows: (inputs, labels).")
+    return replace(how, batch=None)
 
 
 @dataclass

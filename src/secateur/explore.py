@@ -22,6 +22,7 @@ from secateur.measure.run import batch_of, forward, shapes
 from secateur.mend import Result, study_of
 from secateur.models import Data, LoadedModel, save
 from secateur.models.atomic import MARK, REPORT_FACTS, sha256
+from secateur.models.data import tensors_of
 from secateur.models.folder import read
 from secateur.models.weights import fingerprint
 from secateur.prune import check
@@ -249,8 +250,9 @@ def _whole(folder: Path, row: dict[str, Any]) -> bool:
 
 
 def _fingerprint(loaded: LoadedModel, inputs: tuple[tuple, dict], options: Options, data: Data | None) -> str:
-    """Of all that decides what a point becomes: weights, options, shapes, the name of the data, the version."""
+    """Of all that decides what a point becomes: weights, options, shapes, the rows of the data, the version."""
     from secateur import __version__
 
     facts = (__version__, torch.__version__, loaded.name, asdict(options), shapes(*inputs), data.name if data is not None else None)
-    return fingerprint(facts, state_of(loaded.model))
+    rows = tensors_of(train=data.train, test=data.test) if data is not None else {}
+    return fingerprint(facts, {**state_of(loaded.model), **rows})

@@ -66,12 +66,16 @@ def command_line(context: typer.Context) -> str:
 def given_data(
     data: str | None, inputs: Sequence[str] | None, seed: int, model: str, windows: tuple[int, int] = (SAMPLES, LENGTH), rows: int | None = None
 ) -> tuple[Data | None, list[Any]]:  # fmt: skip
-    """The data set, where one is named, and the inputs as tensors. `windows`: of text, how many and how long. `rows`: of its training part, at
-    most."""
+    """The data set, where one is named, and the inputs as tensors. Its rows are split the same way by every command, whatever its seed, so that
+    none measures on rows that another one trained on; `seed` chooses windows of text. `windows`: of text, how many and how long. `rows`: of
+    its training part, at most."""
     given = [parse_input(text) for text in inputs or ()]
     if not data:
         return None, given
-    held = text_data(data, model, *windows, seed) if is_text(data) else load_data(data, seed=seed)
+    held = text_data(data, model, *windows, seed) if is_text(data) else load_data(data)
+    if held.test is held.train:
+        terminal.error(f"--data {data} returned one set of batches: figures are of the rows that were calibrated or trained on.\n"
+                       "  Return (train batches, test batches) for figures of others.")  # fmt: skip
     return (held if rows is None else replace(held, name=f"{held.name}, {rows} rows", train=rows_of(held.train, 0, rows))), given
 
 

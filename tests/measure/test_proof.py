@@ -1,13 +1,15 @@
 """The proof notices a cut model that is wrong, however little."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from secateur import MACs, prune
+from secateur import MACs, Params, prune
 from secateur.errors import ProofError
+from secateur.measure.float64 import apart
 from secateur.measure.proof import prove, require
 from secateur.plan import Plan
 from secateur.surgery import cut
@@ -77,15 +79,78 @@ def test_a_proof_that_compared_zeros_says_so():
         def __init__(self):
             super().__init__()
             self.first, self.last = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)
-            torch.nn.init.zeros_(self.last.weight)
-            torch.nn.init.zeros_(self.last.bias)
+            self.register_buffer("gate", torch.zeros(3))
 
         def forward(self, x):
-            return self.last(self.first(x).relu())
+            return self.last(self.first(x).relu()) * self.gate
 
     x = torch.ones(2, 6)
     result = prune(Silent(), (x,), MACs(at_most="50%"))
     assert result.proof.all_zero and any("compared zeros" in note for note in result.notes)
     with torch.no_grad():
-        result.dense.last.bias.fill_(1.0)
+        result.dense.gate.fill_(1.0)
     assert not prune(result.dense, (x,), MACs(at_most="50%")).proof.all_zero
+
+
+class Scaled(nn.Module):
+    """Divides by the root of a width that the class does not store, so that it cannot follow a cut."""
+
+    def __init__(self, fill=None, zero=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.i, self.a, self.b, self.o, self.fill = nn.Linear(8, 8), nn.Linear(8, 64), nn.Linear(64, 8), nn.Linear(8, 4), fill
+        if zero:
+            nn.init.zeros_(self.b.weight)
+            nn.init.zeros_(self.b.bias)
+
+    def forward(self, x):
+        x = self.i(x)
+        h = torch.relu(self.a(x))
+        y = self.o(x + self.b(h / math.sqrt(h.shape[1])))
+        return y if self.fill is None else y.masked_fill(torch.arange(4) == 2, self.fill)
+
+
+def zeroed(model, result):
+    """The dense model with the units that went at zero."""
+    dense = copy.deepcopy(model)
+    gone = ~result.plan.keep["a:out"]
+    with torch.no_grad():
+        dense.a.weight[gone], dense.a.bias[gone] = 0, 0
+    return dense
+
+
+@pytest.mark.parametrize("given", [{}, {"fill": -1e9}, {"fill": -1e30}, {"fill": -math.inf}, {"zero": True}], ids=str)
+def test_neither_a_mark_in_the_output_nor_weights_at_zero_hide_a_difference(given):
+    """The class deviates by a few percent; where nothing of that is to be seen it would be handed back."""
+    model, x = Scaled(**given).eval(), torch.randn(3, 8)
+    result = prune(model, (x,), Params(at_most="60%"), ignore=["i"])
+    assert result.cut.how == "graph" and result.proof.passed
+    dense = zeroed(model, result)
+    for m in (dense, result.model):
+        with torch.no_grad():
+            m.get_parameter("b.weight").fill_(0.1)
+            torch.testing.assert_close(m(x), dense(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_error_is_relative_to_values_of_its_size():
+    one = torch.tensor([1.0, 2.0, -1e9, 0.0], dtype=torch.float64)
+    assert apart(one + torch.tensor([0.5, 0, 0, 0]), one) == 0.25 and apart(one * (1 + 1e-12), one) < 1e-11
+    assert apart(one + torch.tensor([0, 0, 1e8, 0]), one) == pytest.approx(0.1)
+    kinds = torch.tensor([math.inf, math.nan, 1.0])
+    assert apart(kinds.clone(), kinds) == 0.0
+    for other in ([-math.inf, math.nan, 1.0], [math.nan, math.inf, 1.0], [0.0, math.nan, 1.0]):
+        assert apart(torch.tensor(other), kinds) == math.inf
+    c = torch.fft.rfft(torch.arange(8.0, dtype=torch.float64))
+    assert apart(c * (1 + 2e-16), c) < 1e-15 and apart(c.conj(), c) > 0.1 and apart(c.real, c) == math.inf
+
+
+def test_complex_outputs_are_proven():
+    class Spectrum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 97), nn.Linear(97, 16)
+
+        def forward(self, x):
+            return torch.fft.rfft(self.b(self.a(x).relu() * 1.37))
+
+    assert prune(Spectrum().eval(), (torch.randn(33, 8),), MACs(at_most="50%")).proof.passed

@@ -12,6 +12,7 @@ from secateur.errors import DataError
 from secateur.models import Data, load_data
 from secateur.models.data import Batches
 from secateur.models.quality import accuracy
+from secateur.shell import given_data
 
 
 def images(n=10, h=8, w=8, channels=None):
@@ -113,6 +114,19 @@ def test_a_folder_with_train_and_test(tmp_path):
     assert len(everything(data.train)[0]) == 3 and len(everything(data.test)[0]) == 2
 
 
+def test_one_list_of_batches_is_split_and_a_loader_says_that_it_is_not(tmp_path, monkeypatch, capsys):
+    (tmp_path / "one.py").write_text("import torch\nfrom torch.utils.data import DataLoader, TensorDataset\n"
+                                     "X, Y = torch.arange(22.0)[:, None], torch.arange(22) % 2\n"
+                                     "def many(): return [(x, y) for x, y in zip(X.split(2), Y.split(2))]\n"
+                                     "def loader(): return DataLoader(TensorDataset(X, Y), 4)\n"
+                                     "def pair(): return DataLoader(TensorDataset(X, Y), 4), DataLoader(TensorDataset(-X, Y), 4)\n")  # fmt: skip
+    data = load_data(f"{tmp_path}/one.py:many")
+    assert everything(data.train)[0].flatten().tolist() == list(range(18)) and everything(data.test)[0].flatten().tolist() == [18, 19, 20, 21]
+    for name, alike in (("loader", True), ("pair", False), ("many", False)):
+        held, _ = given_data(f"{tmp_path}/one.py:{name}", None, 0, "")
+        assert (held.train is held.test) == alike == ("returned one set of batches" in capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("half", ["test", "val", "valid", "validation"])
 def test_classes_have_the_numbers_of_train_in_both_halves(tmp_path, half):
     for name in ("ant", "bee", "cat"):
@@ -130,8 +144,8 @@ def test_classes_have_the_numbers_of_train_in_both_halves(tmp_path, half):
 
 def test_functions_return_arrays_or_batches():
     assert len(everything(load_data("nets:rows").test)[0]) == 13
-    data = load_data("nets:batches")
-    assert isinstance(data, Data) and data.labelled and len(list(data.train)) == 2
+    data = load_data("nets:batches")  # a list: the last fifth of it, one batch at least, is for tests
+    assert isinstance(data, Data) and data.labelled and len(list(data.train)) == len(list(data.test)) == 1
 
 
 FORMS = """

@@ -108,7 +108,7 @@ def test_blocks_are_trained_without_labels_and_go_on_after_a_kill(tmp_path, caps
     result = sc.sparsify(wide().eval(), (inputs(2),), sc.Sparse(keep="30%", by="magnitude", refit=False))
     sc.save(result, tmp_path / "out")
     line = ["recover", str(tmp_path / "out"), "--data", f"{__name__}:wide_inputs", "--teacher", f"{__name__}:wide", "--factory", f"{__name__}:wide"]
-    line += ["--blocks", "10", "--epochs", "1", "--batch", "16"]
+    line += ["--blocks", "10", "--epochs", "1"]
     with monkeypatch.context() as patch:
         patch.setattr(live.Display, "moved", killed_in_training)
         assert main([*line, "-o", str(tmp_path / "parts")]) != 0

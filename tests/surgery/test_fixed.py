@@ -1,11 +1,15 @@
 """What a result could silently get wrong: numbers of the call written into a graph, inputs that show nothing, tensors of the original."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import secateur as sc
-from secateur.errors import CutError
+from secateur.errors import CutError, ModelError, ProofError, SecateurError
+from secateur.measure.checks import check
 from secateur.surgery.batch import batch_is_free
 
 
@@ -156,3 +160,93 @@ def test_vdot_is_proven():
             return self.b(self.a(x).relu()) * torch.vdot(self.r, self.a.bias)
 
     assert sc.prune(Dot().eval(), (torch.randn(4, 6),), sc.MACs(at_most="60%")).proof.passed
+
+
+class Remembers(nn.Module):
+    """Keeps what it computed, as modules for looking into do."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.seen, self.cache = how, [], {}
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        if self.how == "list":
+            self.seen.append(h)
+        elif self.how == "dict":
+            self.cache["h"] = h
+        else:
+            self.last = h
+        return self.b(h)
+
+
+@pytest.mark.parametrize("how", ["list", "dict", "attribute"])
+def test_what_a_forward_remembers_of_a_capture_is_not_left_in_the_model(how):
+    model, x = Remembers(how).eval(), torch.randn(4, 6)
+    result = sc.prune(model, (x,), sc.Params(at_most="60%"))
+    held = [*model.seen, *model.cache.values(), *([model.last] if hasattr(model, "last") else [])]
+    assert not any(isinstance(t, FakeTensor) for t in held)
+    with torch.no_grad():
+        copy.deepcopy(model)(x)
+        assert result.model(x).shape == (4, 3)
+
+
+def test_what_is_made_in_inference_mode_can_be_trained():
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval(), torch.randn(4, 6)
+    with torch.inference_mode():
+        result = sc.prune(model, (x,), sc.Params(at_most="60%"))
+    result.model(x).sum().backward()
+    assert all(p.grad is not None and not p.is_inference() for p in result.model.parameters())
+
+
+def test_the_layout_of_a_convolution_is_kept():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)).eval().to(memory_format=torch.channels_last)
+    result = sc.prune(model, (torch.randn(2, 3, 8, 8),), sc.Params(at_most="60%"))
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in result.model.modules() if isinstance(m, nn.Conv2d))
+
+
+class Uses(nn.Module):
+    def __init__(self, does, **held):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.does = nn.Linear(6, 16), nn.Linear(16, 3), does
+        for name, tensor in held.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x):
+        return self.b(self.does(self, self.a(x).relu()))
+
+
+ODD = {
+    "a size is given beside the repeats": (lambda m, h: torch.repeat_interleave(h, 2, dim=1, output_size=32)[:, ::2], {}),
+    "positions of a mask": (lambda m, h: h[:, torch.where(m.mask)[0]].repeat(1, 2), {"mask": torch.arange(16) % 2 == 0}),
+    "rolled twice": (lambda m, h: h.roll((1, 2), (1, 1)), {}),
+    "a part is gathered": (lambda m, h: h + h.gather(0, m.i).sum(), {"i": torch.zeros(2, 16, dtype=torch.long)}),
+    "a sparse buffer": (lambda m, h: h + (m.adjacency @ h[:4]).sum(), {"adjacency": torch.eye(4).to_sparse()}),
+    "tiled, with one number": (lambda m, h: (h[:, None] * torch.ones(16, device=h.device).view(16, 1).tile(1)[:1]).squeeze(1), {}),
+    "decomposed": (lambda m, h: torch.ops.aten.native_layer_norm(h, [16], None, None, 1e-5)[0], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_uses_give_a_proven_cut_or_a_refusal_in_words(name):
+    does, held = ODD[name]
+    model, x = Uses(does, **held).eval(), torch.randn(4, 6)
+    with torch.no_grad():
+        before = model(x)
+    try:
+        result = sc.prune(model, (x,), sc.Params(at_most="80%"))
+        assert result.proof.passed and result.after.params < result.before.params
+    except SecateurError as error:
+        assert name != "a size is given beside the repeats" and not isinstance(error, ProofError), str(error)
+    torch.testing.assert_close(model(x), before)
+
+
+def test_numbers_of_eight_bits_are_looked_at():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)).eval()
+    model.register_parameter("scale", nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn), requires_grad=False))
+    check(model, (torch.randn(2, 6),), {})
+    model.scale.data = torch.full((4,), float("nan")).to(torch.float8_e4m3fn)
+    with pytest.raises(ModelError, match="'scale' holds 4 values of 4 that are NaN"):
+        check(model, (torch.randn(2, 6),), {})

@@ -256,7 +256,7 @@ def parts(data: Data, rows: int, held_out: int) -> tuple[Any, Any]:
 
 
 def has_test(data: Data) -> bool:
-    return any(True for _ in data.test)
+    return data.test is not data.train and any(True for _ in data.test)
 
 
 def runtimes(wanted: Sequence[str]) -> list[str]:

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from secateur import report
 from secateur.advise.candidates import Source
@@ -20,6 +18,7 @@ from secateur.figures import plain
 from secateur.measure.run import shapes
 from secateur.models import LoadedModel
 from secateur.models.atomic import MARK, sha256
+from secateur.models.data import tensors_of
 from secateur.models.folder import read
 from secateur.models.weights import fingerprint
 from secateur.surgery.cut import state_of
@@ -37,11 +36,7 @@ def key(loaded: LoadedModel, said: tuple[Source, Any], given: tuple[Any, Any, An
     machine = {k: v for k, v in report.hardware().items() if k in ("cpu", "cores", "threads", "system")}
     chosen = {k: v for k, v in asdict(settings).items() if k not in ("minutes", "lose", "begun")}
     facts = [__version__, torch.__version__, loaded.name, asdict(source), chosen, machine, shapes(*inputs)]
-    tensors: dict[str, Tensor] = dict(state_of(loaded.model))
-    for name, part in (("train", train), ("test", test)):
-        for n, batch in enumerate(part):
-            tensors.update({f"{name} {n} {m}": leaf for m, leaf in enumerate(tree_leaves(batch)) if isinstance(leaf, Tensor)})
-    return fingerprint(facts, tensors)
+    return fingerprint(facts, {**state_of(loaded.model), **tensors_of(train=train, test=test)})
 
 
 def rows(folder: Path | None, wanted: str) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,8 @@ def told(row: Row, metric: str) -> str:
 
 
 def points(row: Row) -> str:
-    return f"{row['lost']:.2f} ± {row['interval']:.2f}"
+    known = row["interval"] is not None and math.isfinite(row["interval"])  # of one row held out nothing is known
+    return f"{row['lost']:.2f} ± {row['interval']:.2f}" if known else f"{row['lost']:.2f} ± unknown"
 
 
 def words_of(metric: str, number: float | None = None) -> str:

@@ -22,7 +22,7 @@ from secateur.export.capture import Captured, capture, check_inputs, exportable,
 from secateur.export.check import Deviation, accepted, calls_of, checked, runnable, shorter, tokens_of
 from secateur.export.runner import Call, File, race, run
 from secateur.measure.latency import Comparison
-from secateur.measure.run import inputs_on
+from secateur.measure.run import batch_of, inputs_on
 from secateur.measure.runtimes import check as check_runtime
 from secateur.models.atomic import MARK, replace_folder, sha256
 
@@ -147,7 +147,11 @@ def export(
         files = _files(fresh)
         calls = list(how.calls) or calls_of(args, kwargs, how.batches)
         calls += shorter(calls[0]) if captured is None or captured.lengths else []
-        calls, said = runnable(model, calls if dynamic else [(args, kwargs)])
+        if not dynamic:  # of the calls given those of the batch that is written in
+            calls = [c for c in how.calls if batch_of(*c) == batch_of(args, kwargs)] or [(args, kwargs)]
+            if left := len(how.calls) - len(calls):
+                notes = [*notes, f"not checked with {left} of the inputs given, which have another batch than the file"] if left > 0 else notes
+        calls, said = runnable(model, calls)
         say("run it in a fresh process")
         try:
             done, rows = checked(model, file, calls, how.tolerance)

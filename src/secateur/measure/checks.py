@@ -34,8 +34,9 @@ def check(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
             raise ModelError(f"parameter {name!r} of a lazy module has no shape yet.\n  Run the model once on the example inputs first.")
         if p.device.type == "meta":
             raise ModelError(f"parameter {name!r} is on the meta device and has no values.\n  Load the weights; `trace` and `plan` work without.")
-        if not bool(torch.isfinite(p).all()):
-            bad = int((~torch.isfinite(p)).sum())
+        numbers = p.float() if p.element_size() == 1 else p  # torch cannot ask this of float8
+        if not bool(torch.isfinite(numbers).all()):
+            bad = int((~torch.isfinite(numbers)).sum())
             raise ModelError(f"parameter {name!r} holds {bad} values of {p.numel()} that are NaN or infinite.\n  Load sound weights first.")
     for name, b in model.named_buffers():
         if b.is_floating_point() and bool(torch.isnan(b).any()):

@@ -70,9 +70,21 @@ def count_bytes(model: nn.Module) -> int:
     return sum(min(size, limit[key]) for key, size in seen.items())
 
 
+def _parts(t: Tensor) -> list[Tensor]:
+    """What a sparse tensor stores; a tensor itself."""
+    if t.layout == torch.sparse_coo:
+        return [t._indices(), t._values()]
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [t.crow_indices(), t.col_indices(), t.values()]
+    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [t.ccol_indices(), t.row_indices(), t.values()]
+    return [t]
+
+
 def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors without repetitions: same storage, same offset, same shape and strides is the same tensor."""
-    found = {(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()): t for t in tensors}
+    dense = [part for t in tensors for part in _parts(t)]
+    found = {(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()): t for t in dense}
     return list(found.values())
 
 

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from secateur.measure.count import count, distinct
 from secateur.measure.latency import using_threads
 from secateur.measure.run import at_rest, forward, inputs_on
-from secateur.measure.runtimes import prepared
+from secateur.measure.runtimes import cast, prepared
 
 POWERCAP = Path("/sys/class/powercap")
 IDLE, ROUND, ROUNDS = 0.5, 0.3, 5  # seconds at rest, seconds of one round at least, rounds
@@ -89,6 +89,7 @@ def energy(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = Non
         if found.joules:
             return found
         counters = Counters((), "the energy counters stand still")
+    model, args, kwargs = cast(model, args, kwargs, dtype)
     held = dtype or next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "float32")
     return estimate(count(model, args, kwargs).macs, bytes_moved(model, args, kwargs), held, counters.why)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -48,6 +49,41 @@ class InFloat64(TorchDispatchMode):
 
 _FACTORIES = frozenset(f"aten::{n}" for n in ("zeros", "ones", "empty", "rand", "randn", "linspace", "logspace", "eye", "hann_window"))
 _FILLED = frozenset(("aten::full", "aten::arange", "aten::scalar_tensor"))  # of floating point where a number given is
+
+
+LARGE = 1e6
+
+
+def apart(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """max |got - wanted| / max |wanted|, and infinity for other shapes, integers or places that are not finite.
+
+    Values of more than `LARGE` times the median are compared by themselves: one -1e9 that marks what is not allowed would hide any difference
+    in all the others.
+    """
+    if got.shape != wanted.shape or got.is_complex() != wanted.is_complex():
+        return math.inf
+    if wanted.is_complex():
+        got, wanted = (torch.view_as_real(t.resolve_conj()) for t in (got, wanted))
+    if not wanted.is_floating_point():
+        return 0.0 if torch.equal(got, wanted) else math.inf
+    odd = ~torch.isfinite(wanted)
+    if not torch.equal(odd, ~torch.isfinite(got)) or not _same_kind(got[odd], wanted[odd]):
+        return math.inf
+    got, wanted = got[~odd], wanted[~odd]
+    difference, size = (got - wanted).abs(), wanted.abs()
+    shown = size[size > 0]
+    large = size > LARGE * float(shown.median()) if shown.numel() else size > 0
+    worst = 0.0
+    for part in (large, ~large):
+        if bool(part.any()):
+            most, scale = float(difference[part].max()), float(size[part].max())
+            worst = max(worst, most / scale if scale else most)
+    return worst
+
+
+def _same_kind(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """NaN where NaN is, and infinities of the same sign."""
+    return torch.equal(got.isnan(), wanted.isnan()) and torch.equal(got.nan_to_num(0.0), wanted.nan_to_num(0.0))
 
 
 def lively(inputs: Any) -> Any:

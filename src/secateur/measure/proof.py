@@ -8,13 +8,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from secateur.axes import mask
 from secateur.errors import ProofError
-from secateur.measure.float64 import InFloat64, double, doubled, lively
-from secateur.measure.masked import MaskedOriginal
+from secateur.measure.float64 import InFloat64, apart, double, doubled, lively
+from secateur.measure.masked import Keep, MaskedOriginal
 from secateur.measure.run import at_rest
 from secateur.trace import Graph
 
@@ -72,22 +74,29 @@ def prove(
     state = {**double(dict(graph.capture.values)), **double(named)}
     other, noise = doubled(cut_model), lively((args, kwargs))
 
-    def masked(args: tuple, kwargs: Mapping) -> list:
-        with torch.no_grad():
-            return masked_outputs(graph, keep, state, *double((args, kwargs)))  # each its own: a forward may write into them
+    def masked(args: tuple, kwargs: Mapping, changed: Mapping[str, torch.Tensor] | None = None) -> list:
+        with torch.no_grad():  # inputs of each their own: a forward may write into them
+            return masked_outputs(graph, keep, {**state, **(changed or {})}, *double((args, kwargs)))
 
     def cut(args: tuple, kwargs: Mapping) -> list:
         with torch.no_grad(), at_rest(other), InFloat64():
             return tree_flatten(other(*args, **kwargs))[0]
 
-    stirred: list | None = None
+    def tried(*given: Any) -> list | None:
+        """What the original makes of other numbers; it need not take them, and then they are not asked of the cut either."""
+        with suppress(Exception):
+            found = masked(*given)
+            return found if all(bool(torch.isfinite(t).all()) for t in found if isinstance(t, torch.Tensor)) else None
+        return None
+
     try:
         wanted, got = masked(args, kwargs), cut(args, kwargs)
-        if noise is not None:
-            with suppress(Exception):  # the original need not take noise; then it is not asked of the cut either
-                stirred = masked(*noise)
-            if stirred is not None and all(bool(torch.isfinite(t).all()) for t in stirred if isinstance(t, torch.Tensor)):
-                wanted, got = [*wanted, *stirred], [*got, *cut(*noise)]
+        if noise is not None and (stirred := tried(*noise)) is not None:
+            wanted, got = [*wanted, *stirred], [*got, *cut(*noise)]
+        unseen = _unseen(model, graph, graph.keep_axes(keep))
+        stirred = tried(*(noise or (args, kwargs)), {n: whole for n, (whole, _) in unseen.items()}) if unseen else None
+        if stirred is not None and _put(other, {n: small for n, (_, small) in unseen.items()}):
+            wanted, got = [*wanted, *stirred], [*got, *cut(*(noise or (args, kwargs)))]
     except Exception as error:  # a forward may raise anything
         raise ProofError(
             f"{type(model).__name__} does not run in float64, in which every cut is proven: {type(error).__name__}: "
@@ -100,24 +109,37 @@ def prove(
 
 
 def _error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    if got.shape != wanted.shape:
-        return math.inf
-    if not wanted.is_floating_point():
-        return 0.0 if torch.equal(got, wanted) else math.inf
-    if got.numel() == 0:
-        return 0.0
-    if not bool(torch.isfinite(wanted).all()):
-        if not bool(torch.isfinite(wanted).any()):
-            return math.inf  # nothing can be compared, so nothing is proven
-        if not torch.equal(torch.isfinite(got), torch.isfinite(wanted)):
-            return math.inf
-        got, wanted = got[torch.isfinite(wanted)], wanted[torch.isfinite(wanted)]
-        if got.numel() == 0:
-            return math.inf  # nothing finite to compare proves nothing
-    if not bool(torch.isfinite(got).all()):
-        return math.inf  # NaN is no larger than any error, so max() over several outputs would pass it over
-    difference, scale = float((got - wanted).abs().max()), float(wanted.abs().max())
-    return difference / scale if scale else difference
+    if got.shape == wanted.shape and wanted.is_floating_point() and wanted.numel() and not bool(torch.isfinite(wanted).any()):
+        return math.inf  # nothing can be compared, so nothing is proven
+    return apart(got, wanted)
+
+
+def _unseen(model: nn.Module, graph: Graph, keep: Keep) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Numbers for parameters that are all zero and multiply something, whole and cut: behind the last layer of a residual branch that begins at
+    zero no difference would show. A bias hides nothing."""
+    random, drawn, found = torch.Generator().manual_seed(0), dict[int, torch.Tensor](), {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        adds = p.dim() < 2 and name.endswith("bias")
+        if name not in graph.tensors or not p.is_floating_point() or p.numel() < 2 or adds or bool(p.any()):
+            continue
+        fan = p.numel() // max(1, p.shape[0]) if p.dim() > 1 else 1
+        whole = drawn.setdefault(id(p), (torch.rand(p.shape, generator=random, dtype=torch.float64) + 0.5) / fan)
+        small = whole
+        for i, dim in enumerate(graph.tensors[name]):
+            small = small.index_select(i, torch.from_numpy(np.flatnonzero(mask(dim, keep))))
+        found[name] = whole, small
+    return found
+
+
+def _put(model: nn.Module, values: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a model has all these parameters, which it then takes."""
+    have = dict(model.named_parameters(remove_duplicate=False))
+    if any(n not in have or have[n].shape != t.shape for n, t in values.items()):
+        return False
+    with torch.no_grad():
+        for name, tensor in values.items():
+            have[name].copy_(tensor)
+    return True
 
 
 def require(proof: Proof, name: str) -> None:

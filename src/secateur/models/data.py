@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from numpy import ascontiguousarray, ndarray
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import DataError, SecateurError
 from secateur.measure.run import batch_of
@@ -117,6 +117,12 @@ def load_data(spec: str, *, batch_size: int = 128, test_share: float = 0.2, seed
     train, test = _split(len(inputs), test_share, seed)
     parts = [Batches(inputs[p], None if labels is None else labels[p], batch_size) for p in (train, test)]
     return Data(spec, parts[0], parts[1], labels is not None)
+
+
+def tensors_of(**parts: Iterable[Any]) -> dict[str, Tensor]:
+    """Every tensor in every batch of some parts of a data set, by a name of its own: what decides what becomes of them."""
+    return {f"{name} {n} {m}": leaf for name, part in parts.items() for n, batch in enumerate(part)
+            for m, leaf in enumerate(tree_leaves(batch)) if isinstance(leaf, Tensor)}  # fmt: skip
 
 
 def rows_of(items: Iterable[Any], first: int, count: int) -> Iterable[Any]:
@@ -298,10 +304,15 @@ def _read_images(root: Path, spec: str, classes: Sequence[str]) -> tuple[Tensor,
 
 # ---------------------------------------------------------------- checks and split
 def _from_batches(spec: str, made: Any) -> Data:
-    """What a user's function returned, when it is batches: (train, test) or one iterable for both."""
-    pair = made if isinstance(made, tuple) and len(made) == 2 else (made, made)
+    """What a user's function returned, when it is batches: (train, test), or one list, of which the last fifth is for tests. A loader, which
+    may shuffle, and a single batch are both parts at once: `train is test` then."""
+    pair = made if isinstance(made, tuple) and len(made) == 2 else (made,)
     told = [part if isinstance(part, (list, tuple)) else Told(spec, part) for part in pair if hasattr(part, "__iter__")]
     parts = [list(part) if isinstance(part, Told) and not hasattr(part.items, "__len__") else part for part in told]
+    if len(pair) == len(parts) == 1:
+        (part,) = parts
+        tests = max(1, len(part) // 5) if isinstance(part, (list, tuple)) and len(part) > 1 else 0
+        parts = [part[:-tests], part[-tests:]] if tests else [part, part]  # type: ignore[index]
     if len(parts) != 2:
         raise DataError(f"--data {spec} returned a {type(made).__name__}.\n  Return (inputs, labels), a list of "
                         "batches such as a DataLoader, or (train batches, test batches).")  # fmt: skip

@@ -42,6 +42,9 @@ def import_transformers() -> Any:
     return transformers
 
 
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt")
+
+
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """(model, keyword inputs) of a local folder with config.json, or of a model type such as `llama` or `vit`.
 
@@ -62,19 +65,27 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 def _from_folder(transformers: Any, folder: Path) -> tuple[Any, nn.Module]:
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(f"{folder}/config.json is no configuration transformers knows: {_first(error)}.\n"
                          "  Check model_type in it.") from error  # fmt: skip
     _without_cache(config)
     chosen = getattr(transformers, (config.architectures or [""])[0], None) or _class_for(transformers, config)
     if not any(folder.glob("*.safetensors")):
+        if other := sorted(p.name for form in _OTHER_WEIGHTS for p in folder.glob(form)):
+            raise ModelError(f"{folder} holds its weights in {other[0]}, which is not read: such a file may run code when it is loaded.\n"
+                             "  Save it as safetensors: model.save_pretrained(FOLDER) with a current version of transformers.")  # fmt: skip
         return config, chosen(config)
     try:
-        model = chosen.from_pretrained(folder, config=config, local_files_only=True, use_safetensors=True)
+        model, found = chosen.from_pretrained(folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+                                              output_loading_info=True)  # fmt: skip
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise ModelError(f"The safetensors in {folder} do not fit its config.json: {_first(error)}.\n"
                          "  Copy the folder again.") from error  # fmt: skip
+    if lacking := sorted(found["missing_keys"]) or [str(key[0]) for key in found["mismatched_keys"]]:
+        raise ModelError(f"The safetensors in {folder} lack {len(lacking)} tensors of {type(model).__name__}, such as {lacking[0]!r}, which would be "
+                         "random.\n  Copy the folder again, name the class they belong to as architectures in config.json, or build the model "
+                         "yourself: file.py:function.")  # fmt: skip
     return model.config, model
 
 

@@ -40,13 +40,14 @@ def load_model(
     example inputs), `torchvision/NAME`, `timm/NAME`, `hf/TYPE` (a small random one of that type), `hf/FOLDER` (a local
     folder with config.json and perhaps safetensors), `FILE.pt2` (an exported program), or a folder `save` wrote
     (`factory` then names the function that builds its dense model, for one that carries no graph).
-    Random weights are drawn from `seed`.
+    Random weights are drawn from `seed`; the process's own random numbers go on as if nothing had been drawn.
 
     Raises:
         ModelError: there is no such model, its library is not installed, or the weights do not fit.
     """
-    torch.manual_seed(seed)
-    loaded = _saved(spec, factory) if (Path(spec) / MARK).is_file() else _build(spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        loaded = _saved(spec, factory) if (Path(spec) / MARK).is_file() else _build(spec)
     if weights_file is not None:
         weights.load_into(loaded.model, Path(weights_file))
     if not _exported(loaded.model):

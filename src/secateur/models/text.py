@@ -46,7 +46,7 @@ def text_data(spec: str, model: str, samples: int = SAMPLES, length: int = LENGT
 def _limits(folder: str | Path) -> tuple[int | None, int | None]:
     """How many positions and how many tokens a model knows; None where its configuration does not say."""
     try:
-        config = import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception:  # who loads the model says what is wrong with it
         return None, None
     positions, words = (getattr(config, n, None) for n in ("max_position_embeddings", "vocab_size"))
@@ -75,7 +75,7 @@ def tokens_of(path: str | Path, folder: str | Path) -> Tensor:
         raise DataError(f"{path} is no UTF-8 text: {error}.\n  Convert it first.") from error
     transformers = import_transformers()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     except Exception as error:  # tokenizers raise whatever they like
         raise DataError(

@@ -107,7 +107,7 @@ def read(folder: Path, settings: Mapping[str, Any], begun: str) -> dict[str, Any
     if not isinstance(held, dict) or held.get("format") != FORMAT:
         raise FormatError(f"{path} is no checkpoint of this version.\n  Remove it; training begins anew then.")
     before, now = json.loads(held["settings"]), json.loads(json.dumps(settings))
-    if before != now:
+    if before != {k: v for k, v in now.items() if k in before or k != "data"}:  # checkpoints of before say nothing of the data
         odd = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
         raise InputError(f"{path} is of a run with other settings: {', '.join(f'{k} was {before.get(k)!r}' for k in odd[:3])}.\n"
                          "  Use them again, or another folder.")  # fmt: skip

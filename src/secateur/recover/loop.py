@@ -99,7 +99,7 @@ class Run:
             first = self.order.first()
             self.begun = checkpoint.digest(checkpoint.state_of(model))
             settings = {**how.to_json(), "steps": self.steps, "teacher": checkpoint.digest(checkpoint.state_of(teacher)) if teacher else None,
-                        "zeros": checkpoint.digest(plan.weights) if plan else None}  # fmt: skip
+                        "zeros": checkpoint.digest(plan.weights) if plan else None, "data": self.order.said(first)}  # fmt: skip
             found = checkpoint.read(folder, settings, self.begun) if folder else None
             taught = modes.Mode(teacher) if teacher is not None else None
             with modes.training(model) as self.mode:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import DataError
 from secateur.models.data import Batches
+from secateur.recover.checkpoint import digest
 
 
 class Order:
@@ -28,6 +29,14 @@ class Order:
         self.steps = -(-len(data.inputs) // self.size) if isinstance(data, Batches) and self.size else _length(data)
         if not self.steps:
             raise DataError("The data is empty.\n  Give at least one batch.")
+
+    def said(self, first: Any) -> str:
+        """What a run that goes on has to have in common: rows where they are at hand, else the number of batches and the form of the `first`,
+        whose values may be drawn at random."""
+        rows = isinstance(self.data, Batches)
+        leaves = [t for t in tree_leaves((self.data.inputs, self.data.labels) if rows else first) if isinstance(t, Tensor)]  # type: ignore[attr-defined]
+        forms = [f"{t.dtype} {tuple(t.shape[1:])} {digest({'': t}) if rows else ''}".strip() for t in leaves]
+        return f"{self.steps} batches of {', '.join(forms)}"
 
     def first(self) -> Any:
         """A batch to look at.
@@ -51,11 +60,14 @@ class Order:
                 rows = order[at * size : (at + 1) * size]
                 yield inputs[rows] if labels is None else (inputs[rows], labels[rows])
             return
-        for own in _generators(self.data):
+        loader = self.data
+        while isinstance(getattr(loader, "items", None), Iterable):  # what is around a user's loader: names for its errors, a dtype
+            loader = loader.items  # type: ignore[attr-defined]
+        for own in _generators(loader):
             own.manual_seed(mixed(self.seed, number, 0))
         torch.manual_seed(mixed(self.seed, number, 0))
-        if getattr(self.data, "persistent_workers", False):  # they would go on with the random numbers of the epoch before
-            self.data._iterator = None  # type: ignore[attr-defined]
+        if getattr(loader, "persistent_workers", False):  # they would go on with the random numbers of the epoch before
+            loader._iterator = None  # type: ignore[attr-defined]
         batches = iter(self.data)
         for at in count():
             torch.manual_seed(mixed(self.seed, number, 2 + at))

@@ -79,7 +79,7 @@ def _dot(row: Mapping[str, Any], at: tuple[float, float], x: Axis, y: Axis, word
 
 
 def _lost(row: Mapping[str, Any]) -> str:
-    return f"{row['lost']:.2f} ± {row['interval']:.2f}"
+    return f"{row['lost']:.2f} ± {row['interval']:.2f}" if finite(row.get("interval")) else f"{row['lost']:.2f} ± unknown"
 
 
 def _table(rows: list[Mapping[str, Any]]) -> Html:

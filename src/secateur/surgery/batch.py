@@ -63,6 +63,7 @@ def _rewrite(c: Call, copy: fx.Node, batch: fx.Node, new: fx.Graph) -> None:
         return
     position = next(i for i, a in enumerate(c.node.target._schema.arguments) if a.name == name)
     sizes = list(copy.args[position]) if position < len(copy.args) else list(copy.kwargs[name])
+    sizes = [1] * (len(out) - len(sizes)) + sizes  # of `repeat` and `tile`, which may leave out the first
     ours = [i for i, d in enumerate(out) if sizes[i] > 0 and counts_batch(d) and sizes[i] % _batch_size(d) == 0]
     if not ours:
         return

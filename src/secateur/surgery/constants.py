@@ -134,7 +134,8 @@ def _repeat(name: str):
 
 def _repeat_interleave(c: Call, out: Any, keep: Keep) -> Changes:
     d = c["dim"] % len(out)
-    return {"repeats": count(out[d], keep) // count(c.dims("self")[d], keep)}
+    sized = {"output_size": count(out[d], keep)} if c["output_size"] is not None else {}
+    return {"repeats": count(out[d], keep) // count(c.dims("self")[d], keep), **sized}
 
 
 def _squeeze(c: Call, out: Any, keep: Keep) -> Changes:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from secateur.axes import Axis, mask
 from secateur.errors import CaptureError, CutError, PlanError
 from secateur.measure.count import count
-from secateur.measure.float64 import lively
+from secateur.measure.float64 import apart, lively
 from secateur.measure.run import batch_of
 from secateur.plan import Plan
 from secateur.surgery import attributes
@@ -63,6 +63,8 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
+@torch.inference_mode(False)  # what is made here is trained later
+@torch.no_grad()
 def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "", values: bool = True) -> Cut:
     """The model without the units that `plan` drops.
 
@@ -220,7 +222,7 @@ def same_values(trial: nn.Module, predicted: nn.Module, args: tuple, kwargs: dic
     def same(args: tuple, kwargs: dict) -> bool:
         got, wanted = (tree_leaves(outputs_in_float64(m, args, kwargs)) for m in (trial, predicted))
         pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if isinstance(a, torch.Tensor)]
-        return all(a.device.type == "meta" or _close(a, b) for a, b in pairs)
+        return all(a.device.type == "meta" or apart(a, b) <= SAME for a, b in pairs)
 
     noise = lively((args, kwargs))
     if noise is not None:
@@ -286,12 +288,3 @@ def _captured_differently(trial: nn.Module, graph: Graph, keep: dict[Axis, np.nd
         if isinstance(dims, tuple) and isinstance(value, torch.Tensor) and shape_of(value) != new_shape(dims, keep):
             return f"{op_name(a)} gives {shape_of(value)} instead of {new_shape(dims, keep)}"
     return ""
-
-
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    if not a.is_floating_point():
-        return bool(torch.equal(a, b))
-    scale = float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()) if b.numel() else 0.0
-    return bool(torch.allclose(a, b, rtol=0.0, atol=SAME * scale, equal_nan=True))

@@ -54,7 +54,9 @@ def cut_tensor(tensor: torch.Tensor, dims, keep: Keep) -> torch.Tensor:
         kept = mask(d, keep)
         if not kept.all():
             out = out.index_select(i, torch.from_numpy(np.flatnonzero(kept)).to(out.device))
-    return out.clone() if out.data_ptr() == tensor.data_ptr() or out is tensor else out
+    if out.dim() == 4 and out.layout == torch.strided and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        out = out.contiguous(memory_format=torch.channels_last)
+    return out.clone() if out.layout != torch.strided or out.data_ptr() == tensor.data_ptr() or out is tensor else out
 
 
 def predict(

@@ -9,12 +9,16 @@ from __future__ import annotations
 import traceback
 from collections.abc import Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves
 
 from secateur.errors import CaptureError
 
@@ -43,7 +47,7 @@ def evaluating(model: nn.Module):
     """`model` in eval mode inside, each module's own training flag restored afterwards, and the lists and dicts among its attributes, which
     torch.export replaces by copies."""
     flags = [(m, m.training) for m in model.modules()]
-    held = [(vars(m), {k: v for k, v in vars(m).items() if isinstance(v, (list, dict, set, tuple))}) for m, _ in flags]
+    held = [(vars(m), {k: (v, copy(v)) for k, v in vars(m).items() if isinstance(v, (list, dict, set, tuple))}, set(vars(m))) for m, _ in flags]
     try:
         for module, _ in flags:  # not model.eval(): modules made by torch.export refuse it
             module.training = False
@@ -51,8 +55,27 @@ def evaluating(model: nn.Module):
     finally:
         for module, flag in flags:
             module.training = flag
-        for attributes, containers in held:
-            attributes.update({k: v for k, v in containers.items() if attributes.get(k) is not v})
+        for attributes, containers, names in held:
+            attributes.update({k: v for k, (v, _) in containers.items() if attributes.get(k) is not v})
+            for container, before in containers.values():
+                _refill(container, before)
+            for name in attributes.keys() - names:  # what forward() remembers of a run whose tensors are no numbers
+                if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(attributes[name])):
+                    del attributes[name]
+
+
+def _refill(container: Any, before: Any) -> None:
+    """A list, dict or set with what it held; a forward may keep tensors in it, and in a capture they are no numbers."""
+    if isinstance(container, list):
+        if [*map(id, container)] != [*map(id, before)]:
+            container[:] = before
+    elif isinstance(container, (dict, set)) and not _alike(container, before):
+        container.clear()
+        container.update(before)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return a == b if isinstance(a, set) else [(k, id(v)) for k, v in a.items()] == [(k, id(v)) for k, v in b.items()]
 
 
 def export(model: nn.Module, args: tuple, kwargs: Mapping | None = None) -> ExportedProgram:

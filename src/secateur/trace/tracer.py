@@ -239,7 +239,7 @@ def _freeze_shared_memory(captured: Capture, tensors: Mapping[str, Dims]) -> Non
     places = []
     for name in tensors:
         value = captured.values.get(name)
-        if value is not None and value.numel():
+        if value is not None and value.layout == torch.strided and value.numel():
             first = value.storage_offset()
             last = first + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
             each = value.element_size()

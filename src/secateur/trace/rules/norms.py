@@ -69,7 +69,6 @@ RULES = {
     **dict.fromkeys(("batch_norm", "native_batch_norm", "_native_batch_norm_legit_no_training"), batch_norm),
     "instance_norm": instance_norm,
     "layer_norm": layer_norm,
-    "native_layer_norm": layer_norm,
     "rms_norm": layer_norm,
     "group_norm": group_norm,
     "_weight_norm": weight_norm,

@@ -37,6 +37,8 @@ def broadcast(shapes: list[Dims], shape: list[int]) -> Dims:
 
 def pointwise(t, c: Call) -> Value:
     value = c.node.meta.get("val")
+    if isinstance(value, (list, tuple)):  # `where(condition)`
+        return t.opaque(c, "positions are chosen by the data")
     shapes = list(c.tensors())
     if value is None or not hasattr(value, "shape"):
         return None

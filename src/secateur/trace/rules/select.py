@@ -163,7 +163,7 @@ def gather(t, c: Call) -> Value:
         if i != d and a.size == b.size:
             unify(a, b)
         elif i != d:
-            t.freeze((a,), c.reason("a part of the positions is gathered"))
+            t.freeze((a, b), c.reason("a part of the positions is gathered"))
         out.append(resolve(b))
     return tuple(out)
 

@@ -126,6 +126,8 @@ def roll(t, c: Call) -> Value:
     if not c["dims"]:
         t.freeze(x, c.reason("a flattened tensor is rolled"))
         return c.constants("a flattened tensor is rolled")
+    if len({d % len(x) for d in c["dims"]}) != len(c["dims"]):
+        return t.opaque(c, "one dimension is rolled twice")
     for shift, d in zip(c["shifts"], c["dims"], strict=True):
         shift %= max(1, x[d].size)
         if shift:
