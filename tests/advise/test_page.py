@@ -5,7 +5,7 @@ import re
 import pytest
 
 from secateur import report
-from secateur.advise.verdict import marked, verdict
+from secateur.advise.verdict import marked, points, verdict
 from secateur.errors import FormatError
 
 
@@ -39,10 +39,18 @@ def test_every_point_stands_in_both_pictures_and_what_is_beaten_is_grey():
     assert sum("chosen" in d for d in dots) == 2 * sum(r["front"] for r in known) == 6
 
 
+def test_an_interval_that_is_not_known_is_said():
+    """Of one row held out."""
+    facts = advised()
+    facts["rows"][0]["interval"] = None
+    assert "0.90 ± unknown" in section(facts)[0] and points(facts["rows"][0]) == "0.90 ± unknown"
+    assert points({"lost": 1.0, "interval": float("inf")}) == "1.00 ± unknown"
+
+
 def test_the_line_only_ever_falls():
     text, _ = section(advised())
-    for points in re.findall(r'<polyline points="([^"]*)" class="line front"', text):
-        at = [tuple(map(float, p.split(","))) for p in points.split()]
+    for line in re.findall(r'<polyline points="([^"]*)" class="line front"', text):
+        at = [tuple(map(float, p.split(","))) for p in line.split()]
         assert len(at) >= 2 and all(a[0] < b[0] and a[1] < b[1] for a, b in zip(at, at[1:], strict=False)), "in SVG down is more: fewer points lost"
 
 

@@ -70,6 +70,14 @@ def test_a_batch_that_capturing_decides_on_is_written_in_and_said(here, tmp_path
     assert torch.allclose(torch.export.load(done.path).module()(x), Calls(function)(x), atol=1e-6)
 
 
+def test_of_inputs_to_check_with_those_of_a_written_in_batch_are_used(here, tmp_path):
+    x = torch.randn(2, 4)
+    calls = (((torch.randn(2, 4),), {}), ((torch.randn(3, 4),), {}), ((torch.randn(2, 4),), {}))
+    done = export.pt2(Calls(lambda y: y if y.shape[0] > 1 else -y), (x,), tmp_path / "p", how=export.How(rounds=0, calls=calls))
+    assert not done.dynamic and [row.batch for row in done.deviations] == [2, 2]
+    assert any("not checked with 1 of the inputs given" in n for n in done.notes)
+
+
 def test_inputs_without_rows_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"no rows \(\(0, 4\) float32\)"):
         export.pt2(nn.Linear(4, 4), (torch.randn(0, 4),), tmp_path / "p")

@@ -57,6 +57,9 @@ def test_without_data_the_largest_weights_stay(run):
         (["--keep", "10%", "--by", "best", "--input", "1x1x8x8"], 2, "unknown method 'best'"),
         (["--keep", "10%", "--by", "alps", "--input", "1x1x8x8"], 2, "needs calibration data"),
         (["--keep", "10%", "--stream"], 2, "reads the shards of hf/FOLDER"),
+        (["--keep", "10%", "--stream", "--weights", "w.safetensors"], 2, "--weights beside --stream"),
+        (["--keep", "10%", "--stream", "--rows", "3"], 2, "--rows beside --stream"),
+        (["--keep", "10%", "--stream", "--input", "1x3"], 2, "--input beside --stream"),
         (["--keep", "10%", "--stream", "--entropy"], 2, "an ordinary Hugging Face folder"),
     ],
 )

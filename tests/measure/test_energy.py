@@ -136,6 +136,14 @@ def test_the_formula_by_hand():
     assert none.joules is None and "no figure for float64" in none.source and none.to_json()["joules"] is None
 
 
+def test_an_estimate_in_another_dtype_counts_the_bytes_of_that_dtype():
+    model, x, none = nn.Linear(100, 100).eval(), torch.randn(1, 100), Counters((), "no counter")
+    asked = energy(model, (x,), dtype="bfloat16", counters=none)
+    cast = energy(nn.Linear(100, 100).bfloat16(), (x.bfloat16(),), counters=none)
+    assert asked.joules == pytest.approx(cast.joules) and asked.joules_bytes < 0.6 * energy(model, (x,), counters=none).joules_bytes
+    assert model.weight.dtype == torch.float32
+
+
 def test_bytes_of_a_small_network_by_hand():
     """Every operator reads what it is given and writes what it makes; views, and a ReLU that writes in place, make nothing new."""
     torch.manual_seed(0)

@@ -6,13 +6,14 @@ import json
 import os
 import pickle
 import re
+import shutil
 import warnings
 import zipfile
 
 import nets
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from secateur.errors import InputError, ModelError
 from secateur.models import load_model, weights
@@ -132,6 +133,37 @@ def test_a_local_hugging_face_folder_with_its_weights(tmp_path):
     assert type(loaded.model) is type(built.model)
     state = built.model.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in loaded.model.state_dict().items())
+
+
+def test_a_folder_whose_weights_are_not_read_is_refused_and_never_random(tmp_path):
+    needs("transformers")
+    built = load_model("hf/llama", seed=5).model
+    built.save_pretrained(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(built.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    refused(f"hf/{tmp_path / 'bin'}", r"holds its weights in pytorch_model.bin, which is not read")
+    held = load_file(tmp_path / "whole" / "model.safetensors")
+    gone = held.pop(next(n for n in held if n.endswith("down_proj.weight")))
+    save_file(held, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    assert gone.numel()
+    refused(f"hf/{tmp_path / 'whole'}", r"lack 1 tensors of LlamaForCausalLM, such as '.*down_proj.weight', which would be random")
+
+
+def test_code_of_a_folder_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch):
+    needs("transformers")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "conf.Conf"}}))
+    (tmp_path / "conf.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'harm')!r})\n")
+    refused(f"hf/{tmp_path}", r"config.json is no configuration transformers knows")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_random_numbers_of_the_process_go_on_as_if_nothing_was_drawn():
+    torch.manual_seed(3)
+    wanted = torch.rand(4)
+    torch.manual_seed(3)
+    load_model("nets:net", seed=11)
+    assert torch.equal(torch.rand(4), wanted)
 
 
 # ---------------------------------------------------------------- weights

@@ -74,6 +74,11 @@ def test_what_cannot_be_meant_is_said(data, tmp_path, capsys):
     assert main(["recover", str(tmp_path / "out")]) == 2 and "--data" in capsys.readouterr().err
     assert main(["recover", str(tmp_path / "none"), "--data", data]) == 1
     assert main(["recover", str(tmp_path / "out"), "--data", data, "--blocks", "5"]) == 2 and "--teacher" in capsys.readouterr().err
+    for more, said in ((["--features", "2"], "--features without a dense model"), (["--teacher-weights", "w"], "--teacher-weights without a dense"),
+                       (["--shard"], "Start it by torchrun")):  # fmt: skip
+        assert main(["recover", str(tmp_path / "out"), "--data", data, *more]) == 2 and said in capsys.readouterr().err
+    assert main(["recover", str(tmp_path / "out"), "--data", f"{__name__}:wide_inputs", "--teacher", TEACHER, "--batch", "4"]) == 2
+    assert "--batch 4 beside data that comes in batches" in capsys.readouterr().err
     line = ["recover", str(tmp_path / "out"), "--data", data, "--blocks", "5", "--teacher", TEACHER]
     assert main(line) == 2 and "captured graph" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()

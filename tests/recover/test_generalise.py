@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from fractions import Fraction
 
 import pytest
 import torch
@@ -432,3 +433,16 @@ def test_commands_that_cannot_be_meant(run, tmp_path, arguments, kind, said):
     np.savez(tmp_path / "plain.npz", images=np.zeros((8, 8, 8), np.float32))
     with pytest.raises(kind, match=said):
         run("own.py:net", *arguments)
+
+
+def test_a_list_of_batches_has_an_order_of_its_own_for_every_seed_and_other_training_rows_are_other_rows(net, tmp_path):
+    train, test = rows(64), rows(64, seed=1)
+
+    def study(train):
+        data = cli_generalise._cast(net, Data("rows", list(train), test, True))
+        return Study(LoadedModel(net, (train.inputs[:2],), "net"), ((train.inputs[:2],), {}), data, {"by": "magnitude", "epochs": 1.0, "lr": 0.05})
+
+    found = study(train).run([Fraction(1)], 3, tmp_path, lambda stage: None)
+    assert len({row["train"]["loss"] for row in found["rows"]}) == 3
+    with pytest.raises(InputError, match="train_rows"):
+        study(Batches(train.inputs, train.labels.flip(0), 32)).run([Fraction(1)], 3, tmp_path, lambda stage: None)

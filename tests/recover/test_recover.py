@@ -10,7 +10,8 @@ from torch import nn
 
 import secateur as sc
 from secateur.errors import DataError, FormatError, InputError, TrainingError
-from secateur.models.data import Batches
+from secateur.job import Cast
+from secateur.models.data import Batches, Told
 from secateur.models.folder import read, save_trained
 from secateur.pack.archive import is_deflated
 from secateur.recover import Training, recover
@@ -585,6 +586,26 @@ def test_augmented_images_are_moved_ones():
         options = [p[:, a : a + 8, b : b + 8] for p in (padded[i], padded[i].flip(-1)) for a in range(3) for b in range(3)]
         assert any(torch.equal(moved[i], o) for o in options)
     assert torch.equal(augmented(x, "flip_crop", 1), moved) and torch.equal(augmented(x, "none", 1), x)
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+    how = Training(epochs=2)
+    interrupted(net(), how, tmp_path, at=4)
+    with pytest.raises(InputError, match="data was '3 batches of"):
+        recover(net(), rows(seed=1), how, folder=tmp_path)
+    recover(net(), rows(), how, folder=tmp_path)
+    held = list(rows())
+    interrupted(net(), how, tmp_path / "list", at=4)
+    with pytest.raises(InputError, match="data was"):
+        recover(net(), held[:-1], how, folder=tmp_path / "list")
+
+
+def test_a_loader_with_a_generator_of_its_own_is_in_the_same_order_within_what_names_its_errors():
+    data = torch.utils.data.TensorDataset(torch.arange(20.0))
+    loader = torch.utils.data.DataLoader(data, 4, shuffle=True, generator=torch.Generator().manual_seed(9))
+    orders = [Order(around, None, 0) for around in (loader, Told("data", loader), Cast(nn.Linear(1, 1), Told("data", loader)))]
+    found = [[batch[0].tolist() for batch in order.epoch(0)] for order in orders for _ in range(2)]
+    assert all(one == found[0] for one in found) and found[0] != sorted(found[0])
 
 
 def test_classes_of_images_are_their_second_dimension_also_where_sizes_agree():
