@@ -59,10 +59,7 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
                    channels_last=channels_last, augment=augment, seed=seed, shard=shard, rank=rank)  # fmt: skip
     if data is None:
         raise InputError("recover needs data to train on.\n  Add --data DATA.")
-    if teacher is None and (lonely := [n for n, v in (("blocks", blocks), ("teacher-weights", teacher_weights), ("features", features)) if v]):
-        raise InputError(f"--{lonely[0]} without a dense model, which is what is learned from.\n  Add --teacher MODEL.")
-    if shard and int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise InputError("--shard spreads the weights over processes, and there is one.\n  Start it by torchrun, or leave --shard out.")
+    _meant(shard, teacher, {"--blocks": blocks, "--teacher-weights": teacher_weights, "--features": features})
     main, to = int(os.environ.get("RANK", "0")) == 0, Path(out or f"{folder.rstrip('/')}-recovered")
     refuse_foreign(to)  # before hours of training, not after
     with working(as_json or not main) as say:
@@ -82,6 +79,14 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
         facts = {**work.through(blocks, display, command_line(context) if main else None), "teacher": teacher, "data": data}
     if main:
         work.finished(facts, as_json)
+
+
+def _meant(shard: bool, teacher: str | None, of_a_teacher: Mapping[str, Any]) -> None:
+    """Raises InputError for options that would be passed over."""
+    if teacher is None and (lonely := [name for name, value in of_a_teacher.items() if value]):
+        raise InputError(f"{lonely[0]} without a dense model, which is what is learned from.\n  Add --teacher MODEL.")
+    if shard and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise InputError("--shard spreads the weights over processes, and there is one.\n  Start it by torchrun, or leave --shard out.")
 
 
 def _as_they_come(how: Training, batch: int | None) -> Training:
