@@ -295,7 +295,7 @@ def test_operators_that_may_open_files_are_refused(pt2):
     del library
 
 
-@pytest.mark.parametrize("target", ["torch.hub.load", "torch.ops.aten.from_file.default", "torch.utils.os.system"])
+@pytest.mark.parametrize("target", ["torch.hub.load", "torch.ops.load_library.__call__", "torch.ops.aten.from_file.default", "torch.utils.os.system"])
 def test_calls_that_are_no_operators_are_refused(pt2, target):
     rewrite(pt2, lambda name, old: old.replace(b"torch.ops.aten.relu.default", target.encode()))
     refused(str(pt2), re.escape(target), r"no tensor operator")

@@ -149,8 +149,8 @@ def export(
         calls += shorter(calls[0]) if captured is None or captured.lengths else []
         if not dynamic:  # of the calls given those of the batch that is written in
             calls = [c for c in how.calls if batch_of(*c) == batch_of(args, kwargs)] or [(args, kwargs)]
-            if left := len(how.calls) - len(calls):
-                notes = [*notes, f"not checked with {left} of the inputs given, which have another batch than the file"] if left > 0 else notes
+            if (left := len(how.calls) - len(calls)) > 0:
+                notes = [*notes, f"not checked with {left} of the inputs given, which have another batch than the file"]
         calls, said = runnable(model, calls)
         say("run it in a fresh process")
         try:

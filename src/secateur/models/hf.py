@@ -13,6 +13,7 @@ from secateur.errors import ModelError
 from secateur.models.vision import import_torchvision
 
 # What a small model of any type has, under every name the families use for it.
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt")
 _SMALL: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "intermediate_size": 128,
     "hidden_dim": 128, "d_ff": 128, "ffn_dim": 128, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
@@ -40,9 +41,6 @@ def import_transformers() -> Any:
     if transformers.utils.is_torchvision_available():
         import_torchvision()  # transformers imports it too, and fails where its compiled operators do
     return transformers
-
-
-_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt")
 
 
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -100,6 +100,10 @@ def _may_open_files(target: str) -> bool:
     """`torch.ops.image.write_file.default` and the like."""
     space, _, name = target.removeprefix("torch.ops.").partition(".")
     packet = getattr(getattr(torch.ops, space), name.partition(".")[0], None) if target.startswith("torch.ops.") else None
+    if isinstance(packet, torch._ops.HigherOrderOperator):
+        return False
+    if packet is not None and not isinstance(packet, torch._ops.OpOverloadPacket):
+        return True  # such as a method of `torch.ops` itself
     return packet is not None and any(opens_files(getattr(packet, overload)) for overload in packet.overloads())
 
 

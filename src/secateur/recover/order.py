@@ -60,14 +60,15 @@ class Order:
                 rows = order[at * size : (at + 1) * size]
                 yield inputs[rows] if labels is None else (inputs[rows], labels[rows])
             return
-        loader = self.data
-        while isinstance(getattr(loader, "items", None), Iterable):  # what is around a user's loader: names for its errors, a dtype
-            loader = loader.items  # type: ignore[attr-defined]
-        for own in _generators(loader):
-            own.manual_seed(mixed(self.seed, number, 0))
+        layers: list[Any] = [self.data]
+        while isinstance(getattr(layers[-1], "items", None), Iterable):  # what is around a user's loader: names for its errors, a dtype
+            layers.append(layers[-1].items)
+        for loader in layers:
+            for own in _generators(loader):
+                own.manual_seed(mixed(self.seed, number, 0))
+            if getattr(loader, "persistent_workers", False):  # they would go on with the random numbers of the epoch before
+                loader._iterator = None
         torch.manual_seed(mixed(self.seed, number, 0))
-        if getattr(loader, "persistent_workers", False):  # they would go on with the random numbers of the epoch before
-            loader._iterator = None  # type: ignore[attr-defined]
         batches = iter(self.data)
         for at in count():
             torch.manual_seed(mixed(self.seed, number, 2 + at))
