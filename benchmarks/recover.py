@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -31,7 +32,8 @@ from benchmarks.no_training.tasks import TASKS, Task
 from secateur.measure import count
 from secateur.models.data import Batches
 from secateur.recover import Gradual, Schedule, Training, recover
-from secateur.recover.order import Order, augmented, mixed
+from secateur.recover.images import augmented, shown
+from secateur.recover.order import Order, mixed
 
 RESULTS = Path(__file__).parent / "results" / "recover.json"
 BUILD = Path(__file__).parents[1] / "build" / "recover"
@@ -65,21 +67,71 @@ def like(model: nn.Module, teacher: nn.Module, held: Batches) -> dict[str, float
 
 
 class Remembered(nn.Module):
-    """A teacher that looks up what it gave to the same bytes before, in this process or another."""
+    """A teacher that looks up what it gave to the same bytes before, in this process or another. `quick`: compiled, its weights as constants; a
+    third less time on a CPU."""
 
-    def __init__(self, teacher: nn.Module, folder: Path):
+    def __init__(self, teacher: nn.Module, folder: Path, quick: bool = False):
         super().__init__()
         self.teacher, self.folder = teacher, folder
         folder.mkdir(parents=True, exist_ok=True)
+        if quick:
+            torch._inductor.config.freezing = True
+            teacher.compile(dynamic=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kept = self.folder / hashlib.sha1(x.contiguous().numpy()).hexdigest()
-        if kept.exists():
-            return torch.load(kept, weights_only=True)  # type: ignore[no-any-return]
-        given: torch.Tensor = self.teacher(x)
-        torch.save(given, part := kept.with_suffix(f".{os.getpid()}"))
-        part.replace(kept)
-        return given
+        kept = self._kept(x)
+        if not kept.exists():
+            self.keep(x)
+        return torch.load(kept, weights_only=True)  # type: ignore[no-any-return]
+
+    def _kept(self, x: torch.Tensor) -> Path:
+        return self.folder / hashlib.sha1(x.contiguous().numpy()).hexdigest()
+
+    def keep(self, *batches: torch.Tensor) -> None:
+        """What it gives to batches of one size, in one call."""
+        for x, given in zip(batches, self.teacher(torch.cat(batches)).chunk(len(batches)), strict=True):
+            torch.save(given.clone(), part := self._kept(x).with_suffix(f".{os.getpid()}"))
+            part.replace(self._kept(x))
+
+    def keeps(self, *batches: torch.Tensor) -> bool:
+        return all(self._kept(x).exists() for x in batches)
+
+
+def training(options: argparse.Namespace, seed: int) -> Training:
+    return Training(options.epochs, lr=options.lr, distil=0.9, features=options.features or 0.0, precision="bfloat16", channels_last=True,
+                    augment="flip_crop", cutmix=options.cutmix or 0.0, mirror=options.mirror, seed=seed)  # fmt: skip
+
+
+def teach(task: Task, options: argparse.Namespace, seed: int) -> None:
+    """All that the teacher is asked in a run of `cut` with these options, or one part of it."""
+    own, parts = map(int, options.part.split("/"))
+    dense = task.dense().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher, how = Remembered(dense, BUILD / f"teacher-{task.name}", quick=True), training(options, seed)
+    order = Order(training_images(task.name == "ic_resnet8", options.held_out)[0], None, seed)
+    batches = (batch for epoch in range(math.ceil(options.epochs)) for batch in order.epoch(epoch))
+    for step, (x, y) in zip(range(round(options.epochs * order.steps)), batches, strict=False):
+        if step % parts != own:
+            continue
+        (x,), _ = shown((x,), y, how, (step, 0))
+        asked = (x, x.flip(-1)) if how.mirror else (x,)
+        if not teacher.keeps(*asked):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                teacher.keep(*asked)
+        told(step, round(options.epochs * order.steps), 0.0)
+
+
+def shaped(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
+    """A network with the widths of a cut one, and its weights."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.out_channels, layer.in_channels = (n * (1 if i == 0 else layer.groups) for i, n in enumerate(state[f"{name}.weight"].shape[:2]))
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.num_features = len(state[f"{name}.weight"])
+        for own, value in [*layer._parameters.items(), *layer._buffers.items()]:
+            if value is not None and value.shape != (wanted := state[f"{name}.{own}"]).shape:
+                setattr(layer, own, nn.Parameter(wanted.clone()) if own in layer._parameters else wanted.clone())
+    model.load_state_dict(state)
+    return model
 
 
 def cut(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -89,16 +141,19 @@ def cut(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     name += "" if options.lr is None else f"-{options.lr:g}"
     name += f"-features{options.features:g}" if options.features else ""
     name += f"-without{options.held_out}" if options.held_out else ""
-    begin = time.monotonic()
-    model, _ = method(options.method)(task, 1 / options.share, seed)
-    if kept.exists():  # the same weights as before a kill: solvers of several threads differ in the last digits
-        model.load_state_dict(torch.load(kept, weights_only=True))
+    name += f"-cutmix{options.cutmix:g}" if options.cutmix else ""
+    name += "-mirror" if options.mirror else ""
+    seconds = None
+    if kept.exists():  # by a run before
+        model = shaped(task.dense(), torch.load(kept, weights_only=True))
     else:
+        begin = time.monotonic()
+        model, _ = method(options.method)(task, 1 / options.share, seed)
+        seconds = time.monotonic() - begin
         torch.save(model.state_dict(), kept)
-    seconds, before = time.monotonic() - begin, top1(task, model)
+    before = top1(task, model)
     print(name, "without training", before, flush=True)
-    how = Training(options.epochs, lr=options.lr, distil=0.9, features=options.features or 0.0, precision="bfloat16", channels_last=True,
-                   augment="flip_crop", seed=seed)  # fmt: skip
+    how = training(options, seed)
     dense = task.dense().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher = dense if options.features else Remembered(dense, BUILD / f"teacher-{task.name}")  # what its blocks give is not kept
     data, held = training_images(task.name == "ic_resnet8", options.held_out)
@@ -115,7 +170,7 @@ def told(step: int, steps: int, loss: float) -> None:
 
 
 def sparse(task: Task, kind: str, keep: float, options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    model, data = task.dense().train().to(memory_format=torch.channels_last), training_images(task.name == "ic_resnet8")  # type: ignore[call-overload]
+    model, (data, _) = task.dense().train().to(memory_format=torch.channels_last), training_images(task.name == "ic_resnet8")  # type: ignore[call-overload]
     how, order = Training(options.epochs, seed=seed), Order(data, None, seed)
     optimizer, steps = how.made(model, data.size), round(options.epochs * order.steps)
     rates = [g["lr"] for g in optimizer.param_groups]
@@ -140,7 +195,7 @@ def sparse(task: Task, kind: str, keep: float, options: argparse.Namespace, seed
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cut", "sparse"])
+    parser.add_argument("what", choices=["cut", "sparse", "teach"])
     parser.add_argument("--task", default="resnet56", choices=["resnet56", "resnet20", "ic_resnet8"])
     parser.add_argument("--share", type=float, default=2.57, help="the dense multiply-accumulates are divided by this")
     parser.add_argument("--method", default="ours", help="ours, or a variant such as torch_pruning/taylor/local/inner")
@@ -149,16 +204,22 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=20.0)
     parser.add_argument("--lr", type=float, help="the highest rate of `cut`; without it the library's own")
     parser.add_argument("--features", type=float, help="weight of the distance between the outputs of the blocks, of `cut`; without it none")
+    parser.add_argument("--cutmix", type=float, help="share of the steps with boxes of other images, of `cut`; without it none")
+    parser.add_argument("--mirror", action="store_true", help="the teacher of `cut` sees mirror images too")
+    parser.add_argument("--part", default="0/1", help="of `teach`: every so manieth step")
     parser.add_argument("--held-out", type=int, default=0, help="training images that `cut` is compared with the teacher on, instead of the test")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     task = TASKS[options.task]
     jobs = [(kind, keep) for kind in options.kind for keep in options.keep] if options.what == "sparse" else [("", 0.0)]
     for seed in options.seeds:
+        if options.what == "teach":
+            teach(task, options, seed)
+            continue
         for kind, keep in jobs:
             same = {"what": options.what, "task": options.task, "seed": seed, "epochs": options.epochs}
             cutting = {"share": options.share, "method": options.method, "lr": options.lr, "features": options.features,
-                       "held_out": options.held_out or None}  # fmt: skip
+                       "held_out": options.held_out or None, "cutmix": options.cutmix, "mirror": options.mirror or None}  # fmt: skip
             same |= {"kind": kind, "keep": keep} if kind else cutting
             rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
             if any(all(row.get(k) == v for k, v in same.items()) for row in rows):

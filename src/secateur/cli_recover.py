@@ -25,6 +25,7 @@ from secateur.plan import Plan
 from secateur.recover import Reconstruction, Training, reconstruct
 from secateur.recover import recover as trained
 from secateur.recover.checkpoint import state_of
+from secateur.recover.place import AUTO, moved, place
 from secateur.recover.training import ROWS
 from secateur.shell import Debug, Json, Seed, Source, command_line, given_data, show, working
 
@@ -47,8 +48,11 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
     features: Annotated[float, typer.Option(min=0, help="Weight of the distance between inner outputs of teacher and model.")] = 0.0,
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average of the weights, such as 0.999.")] = None,
     augment: Annotated[str, typer.Option(help="none, flip or flip_crop, for images.")] = "none",
+    cutmix: Annotated[float, typer.Option(help="Share of the steps in which a box of every image shows another one.")] = 0.0,
+    mirror: Annotated[bool, typer.Option("--mirror", help="The teacher also sees the mirror images; its outputs are the mean.")] = False,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     channels_last: Annotated[bool, typer.Option("--channels-last", help="The layout of images while training.")] = False,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1; auto: a GPU where there is one.")] = AUTO,
     shard: Annotated[bool, typer.Option("--shard", help="With torchrun: spread the weights over the processes.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
@@ -56,18 +60,19 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
 ) -> None:
     """Train a pruned model back; its widths and its zeros stay. Goes on after a kill; `torchrun -m secateur recover ...` shares the work."""
     how = Training(epochs, batch or ROWS, lr, train=train, distil=distil, features=features, ema=ema, precision=precision,
-                   channels_last=channels_last, augment=augment, seed=seed, shard=shard, rank=rank)  # fmt: skip
+                   channels_last=channels_last, augment=augment, seed=seed, shard=shard, rank=rank, cutmix=cutmix, mirror=mirror)  # fmt: skip
     if data is None:
         raise InputError("recover needs data to train on.\n  Add --data DATA.")
-    _meant(shard, teacher, {"--blocks": blocks, "--teacher-weights": teacher_weights, "--features": features})
+    _meant(shard, teacher, {"--blocks": blocks, "--teacher-weights": teacher_weights, "--features": features, "--mirror": mirror})
     main, to = int(os.environ.get("RANK", "0")) == 0, Path(out or f"{folder.rstrip('/')}-recovered")
     refuse_foreign(to)  # before hours of training, not after
+    there = place(device)
     with working(as_json or not main) as say:
         held, _ = given_data(data, None, seed, teacher or folder)  # the tokens of a text are the dense model's: a pruned folder has no tokenizer
         assert held is not None
         say("load")
-        saved, model = read(folder), load_model(folder, factory=factory).model
-        dense = None if teacher is None else load_model(teacher, teacher_weights).model
+        saved, model = read(folder), moved(load_model(folder, factory=factory).model, there)
+        dense = None if teacher is None else moved(load_model(teacher, teacher_weights).model, there)
         if not held.labelled and dense is None:
             raise DataError(f"--data {data} has no labels.\n  Add --teacher MODEL, whose outputs are learned then, or data with labels.")
         how = how if isinstance(held.train, Batches) else _as_they_come(how, batch)

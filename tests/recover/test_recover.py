@@ -17,7 +17,7 @@ from secateur.pack.archive import is_deflated
 from secateur.recover import Training, recover
 from secateur.recover import loss as losses
 from secateur.recover.checkpoint import FILE, state_of
-from secateur.recover.order import Order, augmented, part_of
+from secateur.recover.order import Order, part_of
 from secateur.recover.validate import validated
 
 
@@ -54,6 +54,7 @@ HOWS = {
     "lora": Training(epochs=3, train="lora", lr=0.02, rank=2),
     "sgd": Training(epochs=3, lr=0.05), "adamw": Training(epochs=3, optimizer="adamw", lr=0.01), "average": Training(epochs=3, ema=0.9),
     "bfloat16": Training(epochs=2, precision="bfloat16", lr=0.05), "moved": Training(epochs=2, augment="flip_crop", channels_last=True),
+    "boxed": Training(epochs=2, cutmix=0.5, lr=0.05),
 }  # fmt: skip
 
 
@@ -573,19 +574,6 @@ def test_epochs_of_a_run_have_orders_of_their_own():
     recover(net(), rows(), Training(epochs=2), loss=loss)
     first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
     assert not torch.equal(first, second) and torch.equal(first.sort().values, second.sort().values)
-
-
-def test_augmented_images_are_moved_ones():
-    torch.manual_seed(0)
-    x = torch.rand(40, 2, 8, 8) + 1
-    flipped = augmented(x, "flip", 1)
-    same, turned = ((flipped == v).flatten(1).all(1) for v in (x, x.flip(-1)))
-    assert bool((same | turned).all()) and 5 < int(same.sum()) < 35
-    moved, padded = augmented(x, "flip_crop", 1), F.pad(x, (1, 1, 1, 1))
-    for i in range(40):
-        options = [p[:, a : a + 8, b : b + 8] for p in (padded[i], padded[i].flip(-1)) for a in range(3) for b in range(3)]
-        assert any(torch.equal(moved[i], o) for o in options)
-    assert torch.equal(augmented(x, "flip_crop", 1), moved) and torch.equal(augmented(x, "none", 1), x)
 
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path):

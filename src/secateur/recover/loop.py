@@ -20,8 +20,9 @@ from secateur.plan import Plan
 from secateur.recover import checkpoint, modes
 from secateur.recover import loss as losses
 from secateur.recover.engine import Engine, engine
+from secateur.recover.images import shown
 from secateur.recover.lora import LowRank
-from secateur.recover.order import Order, augmented, mixed, part_of, rows_of
+from secateur.recover.order import Order, mixed, part_of, rows_of
 from secateur.recover.training import LORA, Training
 from secateur.recover.validate import alike, parted, validated
 
@@ -227,26 +228,22 @@ class Run:
         return value
 
     def _loss(self, batch: Any) -> Tensor:
-        how = self.how
         args, kwargs, labels = parted(batch, self.model)
-        if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
-            x = augmented(args[0], how.augment, mixed(how.seed, self.step, 1001 + self.engine.rank))
-            args = (x.to(memory_format=torch.channels_last) if how.channels_last else x,)
-        return self._valued((args, kwargs, labels), self.called, self.weight)[0]
+        args, part = shown(args, labels, self.how, (self.step, self.engine.rank))
+        return self._valued((args, kwargs, labels), self.called, self.weight, part)[0]
 
-    def _valued(self, batch: tuple[tuple, dict[str, Any], Any], called: nn.Module, weight: float = 1.0) -> tuple[Tensor, Any]:
+    def _valued(self, batch: tuple[tuple, dict[str, Any], Any], called: nn.Module, weight: float = 1.0, part: float = 1.0) -> tuple[Tensor, Any]:
         """What is made small, and what the model gives. `batch`: args, kwargs, labels; `called`: the model, or what is around it in training;
-        `weight`: of the task's own loss, by how many of the labels that count are here."""
+        `weight`: of the task's own loss, by how many of the labels that count are here; `part`: of it that goes by a row's own label."""
         how, (args, kwargs, labels) = self.how, batch
         place = next(self.model.parameters()).device
         taught = alike((args, kwargs), self.teacher, copy=True) if self.teacher is not None else None  # the model may write into its inputs
+        turned = losses.turned(*taught) if taught and how.mirror else None
         with torch.autocast(place.type, torch.bfloat16, enabled=how.precision == "bfloat16"), losses.outputs(self.model, self.inner) as ours:
             output = called(*args, **kwargs)
         own: Tensor | None
-        if self.loss is not None:
-            own = self.loss(output, labels)
-        elif labels is not None and isinstance(labels, Tensor):
-            own = losses.task_loss(output, labels)
+        if self.loss is not None or isinstance(labels, Tensor):
+            own = losses.of_both(self.loss or losses.task_loss, output, labels, part)
         else:
             own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if own is not None and self.loss is None and weight != 1:
@@ -256,8 +253,11 @@ class Run:
                 return own, output
             raise DataError("These batches have no labels, and there is no teacher.\n  Give (inputs, labels), loss=, or teacher=.")
         autocast = torch.autocast(place.type, torch.bfloat16, enabled=how.precision == "bfloat16")
-        with torch.no_grad(), autocast, losses.outputs(self.teacher, self.inner) as theirs:
-            wanted = scores_of(self.teacher(*taught[0], **taught[1]))
+        with torch.no_grad(), autocast:
+            with losses.outputs(self.teacher, self.inner) as theirs:
+                wanted = scores_of(self.teacher(*taught[0], **taught[1]))
+            if turned:
+                wanted = losses.middle(wanted, scores_of(self.teacher(*turned[0], **turned[1])))
         distilled = losses.distance(scores_of(output), wanted, how.temperature, None if self.loss else labels)
         value = distilled if own is None else how.distil * distilled + (1 - how.distil) * own
         return value + how.features * losses.apart(ours, theirs) if self.inner else value, output

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from secateur.errors import DataError
 from secateur.models.quality import scores_of
@@ -74,6 +75,34 @@ def distance(student: Tensor, teacher: Tensor, temperature: float, labels: Any =
         return F.mse_loss(student.float(), teacher.float())
     s, t = F.log_softmax(student.float() / temperature, dim), F.log_softmax(teacher.float() / temperature, dim)
     return temperature**2 * F.kl_div(s, t, reduction="none", log_target=True).sum(dim).mean()
+
+
+def of_both(loss: Loss, output: Any, labels: Any, part: float) -> Tensor:
+    """`part` of the loss of rows by their labels, and the rest by those of the rows in reverse order: of what `boxed` has mixed."""
+    own = loss(output, labels)
+    return own if part == 1 or labels is None else part * own + (1 - part) * loss(output, labels.flip(0))
+
+
+def turned(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The mirror images of the first input, beside copies of all else.
+
+    Raises:
+        DataError: it is no image.
+    """
+    if not args or not isinstance(args[0], Tensor) or args[0].dim() != 4:
+        raise DataError("mirror is for images (N, C, H, W) as the first input, and here it is something else.\n  Leave it out.")
+    return (args[0].flip(-1), *tree_map_only(Tensor, Tensor.clone, args[1:])), tree_map_only(Tensor, Tensor.clone, kwargs)
+
+
+def middle(scores: Tensor, others: Tensor) -> Tensor:
+    """The mean of what a teacher gives to images and to their mirror images.
+
+    Raises:
+        DataError: scores that lie in the image.
+    """
+    if not isinstance(scores, Tensor) or scores.dim() != 2:
+        raise DataError(f"mirror is for a teacher that gives (N, classes), and here it gives {tuple(getattr(scores, 'shape', ()))}.\n  Leave it out.")
+    return (scores + others) / 2
 
 
 def apart(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:

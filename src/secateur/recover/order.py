@@ -126,20 +126,3 @@ def rows_from(batch: Any, begin: int, end: int) -> Any:
     """The rows from `begin` to `end` of all tensors of a batch that have as many as it."""
     n = rows_of(batch)
     return tree_map_only(Tensor, lambda t: t[begin:end] if t.dim() and len(t) == n else t, dict(batch) if isinstance(batch, Mapping) else batch)
-
-
-def augmented(x: Tensor, how: str, seed: int) -> Tensor:
-    """Images (N, C, H, W), each flipped left and right or not, and moved by up to an eighth of their size, with zeros behind."""
-    if how == "none" or x.dim() != 4:
-        return x
-    g = torch.Generator().manual_seed(seed)
-    flip = torch.rand(len(x), generator=g) < 0.5
-    x = torch.where(flip.view(-1, 1, 1, 1).to(x.device), x.flip(-1), x)
-    if how == "flip":
-        return x
-    high, wide = (max(1, n // 8) for n in x.shape[-2:])
-    padded = torch.nn.functional.pad(x, (wide, wide, high, high))
-    down, right = (torch.randint(0, 2 * n + 1, (len(x), 1), generator=g) for n in (high, wide))
-    rows, columns = (down + torch.arange(x.shape[-2]))[:, None, :, None], (right + torch.arange(x.shape[-1]))[:, None, None, :]
-    images, channels = torch.arange(len(x))[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None]
-    return padded[images, channels, rows, columns]

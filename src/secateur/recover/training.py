@@ -44,6 +44,9 @@ class Training:
         channels_last: the layout of images while training.
         clip: largest norm of the gradient.
         augment: "none", "flip" (left and right) or "flip_crop" (and moved by up to an eighth), for images.
+        cutmix: share of the steps in which a box of every image shows another image of the batch (Yun et al. 2019), and labels count by area. For
+            images with one label each, or none.
+        mirror: a teacher's outputs are the mean of those of the image and of its mirror image; for images, and outputs (N, classes).
         seed: of the order of the rows, of augmentation and of dropout.
         shard: spread the weights over the processes (FSDP2) instead of a copy in each (DDP).
         every: seconds between checkpoints, at most; there is one after every epoch too.
@@ -68,6 +71,8 @@ class Training:
     shard: bool = False
     every: float = 120.0
     rank: int = 8
+    cutmix: float = 0.0
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         words = {"optimizer": ("auto", SGD, ADAMW), "train": ("all", "norms", "lora"), "precision": ("float32", "bfloat16"),
@@ -75,8 +80,8 @@ class Training:
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name}={getattr(self, name)!r}: there are {', '.join(known)}.\n  Choose one of them.")
-        ranges = {"epochs": (0, math.inf), "warmup": (0, 1), "distil": (0, 1), "temperature": (1e-6, math.inf), "features": (0, math.inf),
-                  "clip": (1e-12, math.inf), "every": (0, math.inf)}  # fmt: skip
+        ranges = {"epochs": (0, math.inf), "warmup": (0, 1), "distil": (0, 1), "cutmix": (0, 1), "temperature": (1e-6, math.inf),
+                  "features": (0, math.inf), "clip": (1e-12, math.inf), "every": (0, math.inf)}  # fmt: skip
         for name, (least, most) in ranges.items():
             if not least <= getattr(self, name) <= most or not math.isfinite(getattr(self, name)):
                 raise InputError(f"{name}={getattr(self, name)} is outside {least:g} to {most:g}.\n  Give a number in between.")
@@ -93,7 +98,8 @@ class Training:
                              "  Leave shard out: the optimizer keeps little for them.")  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k != "rank" or self.train == LORA}
+        chosen = {"rank": self.train == LORA, "cutmix": self.cutmix, "mirror": self.mirror}  # a checkpoint of before knows nothing of them
+        return {k: v for k, v in asdict(self).items() if chosen.get(k, True)}
 
     def kind(self, model: nn.Module) -> str:
         """ "sgd" or "adamw"."""
