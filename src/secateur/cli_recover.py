@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from torch import Tensor, nn
 
@@ -64,15 +65,12 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
     if data is None:
         raise InputError("recover needs data to train on.\n  Add --data DATA.")
     _meant(shard, teacher, {"--blocks": blocks, "--teacher-weights": teacher_weights, "--features": features, "--mirror": mirror})
-    main, to = int(os.environ.get("RANK", "0")) == 0, Path(out or f"{folder.rstrip('/')}-recovered")
-    refuse_foreign(to)  # before hours of training, not after
-    there = place(device)
+    main, to = int(os.environ.get("RANK", "0")) == 0, _target(folder, out)
     with working(as_json or not main) as say:
         held, _ = given_data(data, None, seed, teacher or folder)  # the tokens of a text are the dense model's: a pruned folder has no tokenizer
         assert held is not None
         say("load")
-        saved, model = read(folder), moved(load_model(folder, factory=factory).model, there)
-        dense = None if teacher is None else moved(load_model(teacher, teacher_weights).model, there)
+        saved, model, dense = _loaded(folder, factory, (teacher, teacher_weights), place(device))
         if not held.labelled and dense is None:
             raise DataError(f"--data {data} has no labels.\n  Add --teacher MODEL, whose outputs are learned then, or data with labels.")
         how = how if isinstance(held.train, Batches) else _as_they_come(how, batch)
@@ -92,6 +90,22 @@ def _meant(shard: bool, teacher: str | None, of_a_teacher: Mapping[str, Any]) ->
         raise InputError(f"{lonely[0]} without a dense model, which is what is learned from.\n  Add --teacher MODEL.")
     if shard and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise InputError("--shard spreads the weights over processes, and there is one.\n  Start it by torchrun, or leave --shard out.")
+
+
+def _target(folder: str, out: str | None) -> Path:
+    """Where the result goes; refused before hours of training, not after."""
+    to = Path(out or f"{folder.rstrip('/')}-recovered")
+    refuse_foreign(to)
+    return to
+
+
+def _loaded(
+    folder: str, factory: str | None, teacher: tuple[str | None, str | None], there: torch.device
+) -> tuple[Saved, nn.Module, nn.Module | None]:  # fmt: skip
+    """What was saved, the pruned model and the dense one, both on the device."""
+    name, weights = teacher
+    dense = None if name is None else moved(load_model(name, weights).model, there)
+    return read(folder), moved(load_model(folder, factory=factory).model, there), dense
 
 
 def _as_they_come(how: Training, batch: int | None) -> Training:
