@@ -33,7 +33,7 @@ from benchmarks.recover import shaped, training_images
 RESULTS = Path(__file__).parent / "results" / "recipes.json"
 BUILD = Path(__file__).parents[1] / "build" / "recipes"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HELD_OUT, SHARES, BATCH = 10_000, ("2.57", "2.1"), 128
+HELD_OUT, SHARES, BATCH, HALF = 10_000, ("2.57", "2.1"), 128, torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def halved(model: nn.Module) -> nn.Module:
     """Weights of convolutions and linear layers in bfloat16, norms as they are: what autocast computes with."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            module.bfloat16()
+            module.to(HALF)
     return model
 
 
@@ -87,7 +87,7 @@ class Run:
         named = dict(self.model.named_parameters())
         self.params = sorted(named.values(), key=lambda p: p.dim() < 2)  # those that decay first
         self.decayed = sum(p.dim() > 1 for p in self.params)
-        self.half = {n: p.detach().bfloat16().requires_grad_() for n, p in named.items() if p.dim() > 1 or n == "linear.bias"}
+        self.half = {n: p.detach().to(HALF, copy=True).requires_grad_() for n, p in named.items() if p.dim() > 1 or n == "linear.bias"}
         names = {p: n for n, p in named.items()}
         self.leaves = [self.half.get(names[p], p) for p in self.params]
         self.whole = [named[n] for n in self.half]
@@ -123,7 +123,7 @@ class Run:
         """One step."""
         how, rows = self.how, self.rows + self.at * BATCH
         x, y, own = self.images[rows], self.labels[rows], self.own.index_select(0, self.at)
-        x = (own * x + (1 - own) * x.flip(0)).bfloat16().contiguous(memory_format=torch.channels_last)
+        x = (own * x + (1 - own) * x.flip(0)).to(HALF).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             torch._foreach_copy_(list(self.half.values()), self.whole)
         scores = torch.func.functional_call(self.model, self.half, (x,)).float()

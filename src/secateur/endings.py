@@ -81,7 +81,8 @@ def _refused(error: Exception) -> int:
         return WRONG if isinstance(error, InputError) else REFUSED
     first = first_line(error, 1000)
     if out_of_memory(error):
-        terminal.error(f"there is not enough memory: {first or 'Python has none left'}.\n  Take a smaller batch or a smaller model.")
+        cpu = ", or train with --device cpu" if "CUDA" in first else ""
+        terminal.error(f"there is not enough memory: {first or 'Python has none left'}.\n  Take a smaller batch or a smaller model{cpu}.")
         return REFUSED
     terminal.error(
         f"{type(error).__name__}: {first}\n  This is a defect of secateur, not of the command. "

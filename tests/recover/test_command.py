@@ -90,6 +90,18 @@ def test_what_cannot_be_meant_is_said(data, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "out-recovered") == ["mine", "out", "plain.npz", "rows.npz"]
 
 
+def test_boxes_mirror_images_and_the_device_reach_the_training(data, tmp_path, capsys, monkeypatch):
+    places = []
+    monkeypatch.setattr("secateur.cli_recover.moved", lambda model, device: places.append(device) or model)
+    sc.save(masked(trained_net(), rows().inputs[:2]), tmp_path / "out")
+    line = ["recover", str(tmp_path / "out"), "--data", data, "--epochs", "1", "--teacher", TEACHER, "--json"]
+    assert main([*line, "--cutmix", "0.5", "--mirror", "--device", "cpu"]) == 0
+    how = json.loads(capsys.readouterr().out)["training"]
+    assert how["cutmix"] == 0.5 and how["mirror"] is True and places == [torch.device("cpu")] * 2
+    assert main([*line[:6], "--mirror"]) == 2 and "--mirror without a dense model" in capsys.readouterr().err
+    assert main([*line, "--device", "gpu"]) == 2 and "--device cpu" in capsys.readouterr().err
+
+
 def test_a_model_of_its_own_class_is_trained_too(data, tmp_path, capsys):
     sc.save(masked(trained_net(), rows().inputs[:2]), tmp_path / "out")
     line = ["recover", str(tmp_path / "out"), "--data", data, "--epochs", "1", "--factory", FACTORY, "-o", str(tmp_path / "to")]

@@ -12,7 +12,7 @@ from secateur.models.data import Batches
 from secateur.recover import Training, recover
 from secateur.recover import loss as losses
 from secateur.recover.checkpoint import digest, state_of
-from secateur.recover.images import augmented, boxed
+from secateur.recover.images import augmented, boxed, shown
 from tests.recover.test_recover import net, rows
 
 
@@ -143,6 +143,37 @@ def test_what_is_no_image_is_refused_and_the_model_is_as_it_was(data, how, said)
     with pytest.raises(DataError) as error:
         recover(pruned, data, Training(epochs=1, **how), teacher=model())
     assert said in str(error.value) and "Leave it out" in str(error.value) and digest(state_of(pruned)) == before
+
+
+def test_the_box_of_a_step_is_the_same_in_all_processes():
+    x, how = (torch.rand(6, 1, 8, 8),), Training(cutmix=1.0)
+    first, second = (shown(x, None, how, (3, rank)) for rank in (0, 1))
+    assert torch.equal(first[0][0], second[0][0]) and first[1] == second[1] < 1
+    parts = {shown(x, None, how, (step, 0))[1] for step in range(20)}
+    assert len(parts) > 10  # and another one in another step
+
+
+def test_features_are_those_of_the_image_not_of_its_mirror_image():
+    teacher, student, seen = net(1, dropout=0.0), net(2, dropout=0.0), []
+    data, how = rows(12, size=12), {"epochs": 1, "lr": 0.0, "distil": 0.0}
+    for features, mirror in ((0.0, False), (2.0, False), (2.0, True)):
+        chosen = Training(**how, features=features, mirror=mirror)
+        recover(student, data, chosen, teacher=teacher, progress=lambda step, steps, loss: seen.append(loss))
+    assert seen[1] > seen[0] + 1e-3 and seen[2] == pytest.approx(seen[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"mirror": True}, {"features": 1.0}])
+def test_what_is_of_a_teacher_is_refused_without_one(how):
+    with pytest.raises(InputError, match="is of a teacher"):
+        recover(net(), rows(), Training(epochs=1, **how))
+
+
+def test_a_loss_that_looks_empty_is_a_loss():
+    class Own(nn.Sequential):
+        def forward(self, output, labels):
+            return output.sum() * 0 + 123.0
+
+    assert [row["loss"] for row in recover(net(), rows(), Training(epochs=1), loss=Own()).history] == [pytest.approx(123.0)]
 
 
 def test_a_teacher_that_gives_maps_has_no_mirror():

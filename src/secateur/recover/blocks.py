@@ -32,6 +32,7 @@ from secateur.plan import Plan
 from secateur.recover import checkpoint
 from secateur.recover import loss as losses
 from secateur.recover.order import rows_from, rows_of
+from secateur.recover.place import gpus, moved
 from secateur.recover.validate import alike, parted
 from secateur.repair.chunks import ROWS
 
@@ -122,7 +123,7 @@ def reconstruct(
     begun = checkpoint.digest(checkpoint.state_of(model))
     settings = {**asdict(how), "teacher": checkpoint.digest(checkpoint.state_of(teacher)),
                 "zeros": checkpoint.digest(plan.weights) if plan else None}  # fmt: skip
-    with torch.random.fork_rng(devices=[]), at_rest(model), at_rest(teacher):
+    with torch.random.fork_rng(devices=gpus(model)), at_rest(model), at_rest(teacher):
         if plan is not None and plan.weights:
             zero(model, plan)
         names = run.found(tests[0])
@@ -159,7 +160,7 @@ class _Run:
     def __init__(self, model: nn.Module, teacher: nn.Module, how: Reconstruction, plan: Plan | None):
         self.model, self.teacher, self.how, self.plan = model, teacher, how, plan
         self.notes = list[str]()
-        teacher.to(next(model.parameters()).device)
+        moved(teacher, next(model.parameters()).device)
 
     def found(self, call: Call) -> list[str]:
         """The blocks, outermost ones only, in the order in which they run.

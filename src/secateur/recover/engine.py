@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.errors import InputError
 from secateur.recover.loss import counted
 from secateur.recover.order import part_of, rows_of
+from secateur.recover.place import moved
 
 
 class Engine:
@@ -72,7 +73,7 @@ class Processes(Engine):
         self.shard = shard
 
     def wrapped(self, model: nn.Module) -> nn.Module:
-        model.to(self.own.device)
+        moved(model, self.own.device)
         if self.shard:
             return _sharded(model)
         return self.own.prepare_model(model)

@@ -54,10 +54,11 @@ def boxed(x: Tensor, labels: Any, share: float, seed: int) -> tuple[Tensor, floa
     Raises:
         DataError: no images, or labels that are not one for each of them.
     """
-    one_each = isinstance(labels, Tensor) and labels.dim() == (2 if labels.is_floating_point() else 1) and len(labels) == len(x)
+    one_each = isinstance(labels, Tensor) and labels.dim() in (1, 2) and len(labels) == len(x)
     if x.dim() != 4 or not (labels is None or one_each):
         said = f"labels of {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"labels that are a {type(labels).__name__}"
-        raise DataError(f"cutmix is for images (N, C, H, W) with one label each: here are inputs of {tuple(x.shape)}, {said}.\n  Leave it out.")
+        raise DataError(f"cutmix is for images (N, C, H, W) with labels (N,) or (N, classes): here are inputs of {tuple(x.shape)}, {said}.\n"
+                        "  Leave it out.")  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     drawn, area = torch.rand(2, generator=g).tolist()
     if drawn >= share:

@@ -23,6 +23,7 @@ from secateur.recover.engine import Engine, engine
 from secateur.recover.images import shown
 from secateur.recover.lora import LowRank
 from secateur.recover.order import Order, mixed, part_of, rows_of
+from secateur.recover.place import gpus, moved
 from secateur.recover.training import LORA, Training
 from secateur.recover.validate import alike, parted, validated
 
@@ -96,7 +97,8 @@ class Run:
     def through(self, plan: Plan | None, folder: Path | None, progress: Progress | None) -> Recovered:
         """All steps that are left."""
         model, how, teacher = self.model, self.how, self.teacher
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        how.meant(teacher)
+        with torch.random.fork_rng(devices=gpus(model)), torch.enable_grad():
             first = self.order.first()
             self.begun = checkpoint.digest(checkpoint.state_of(model))
             settings = {**how.to_json(), "steps": self.steps, "teacher": checkpoint.digest(checkpoint.state_of(teacher)) if teacher else None,
@@ -236,14 +238,14 @@ class Run:
         """What is made small, and what the model gives. `batch`: args, kwargs, labels; `called`: the model, or what is around it in training;
         `weight`: of the task's own loss, by how many of the labels that count are here; `part`: of it that goes by a row's own label."""
         how, (args, kwargs, labels) = self.how, batch
-        place = next(self.model.parameters()).device
+        autocast = torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16, enabled=how.precision == "bfloat16")
         taught = alike((args, kwargs), self.teacher, copy=True) if self.teacher is not None else None  # the model may write into its inputs
         turned = losses.turned(*taught) if taught and how.mirror else None
-        with torch.autocast(place.type, torch.bfloat16, enabled=how.precision == "bfloat16"), losses.outputs(self.model, self.inner) as ours:
+        with autocast, losses.outputs(self.model, self.inner) as ours:
             output = called(*args, **kwargs)
         own: Tensor | None
         if self.loss is not None or isinstance(labels, Tensor):
-            own = losses.of_both(self.loss or losses.task_loss, output, labels, part)
+            own = losses.of_both(self.loss if self.loss is not None else losses.task_loss, output, labels, part)
         else:
             own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if own is not None and self.loss is None and weight != 1:
@@ -252,13 +254,12 @@ class Run:
             if own is not None:
                 return own, output
             raise DataError("These batches have no labels, and there is no teacher.\n  Give (inputs, labels), loss=, or teacher=.")
-        autocast = torch.autocast(place.type, torch.bfloat16, enabled=how.precision == "bfloat16")
         with torch.no_grad(), autocast:
             with losses.outputs(self.teacher, self.inner) as theirs:
                 wanted = scores_of(self.teacher(*taught[0], **taught[1]))
             if turned:
                 wanted = losses.middle(wanted, scores_of(self.teacher(*turned[0], **turned[1])))
-        distilled = losses.distance(scores_of(output), wanted, how.temperature, None if self.loss else labels)
+        distilled = losses.distance(scores_of(output), wanted, how.temperature, None if self.loss is not None else labels)
         value = distilled if own is None else how.distil * distilled + (1 - how.distil) * own
         return value + how.features * losses.apart(ours, theirs) if self.inner else value, output
 
@@ -274,7 +275,7 @@ class Run:
     # ------------------------------------------------------------------ around the steps
     def _with_teacher(self, batch: Any) -> None:
         assert self.teacher is not None
-        self.teacher.to(next(self.model.parameters()).device)
+        moved(self.teacher, next(self.model.parameters()).device)
         args, kwargs, _ = parted(part_of(batch, 0, rows_of(batch)), self.model)  # one row
         if self.how.features:
             with self.mode.rest():

@@ -102,7 +102,7 @@ def middle(scores: Tensor, others: Tensor) -> Tensor:
     """
     if not isinstance(scores, Tensor) or scores.dim() != 2:
         raise DataError(f"mirror is for a teacher that gives (N, classes), and here it gives {tuple(getattr(scores, 'shape', ()))}.\n  Leave it out.")
-    return (scores + others) / 2
+    return (scores.float() + others.float()) / 2  # autocast may have made them bfloat16
 
 
 def apart(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:

@@ -44,8 +44,8 @@ class Training:
         channels_last: the layout of images while training.
         clip: largest norm of the gradient.
         augment: "none", "flip" (left and right) or "flip_crop" (and moved by up to an eighth), for images.
-        cutmix: share of the steps in which a box of every image shows another image of the batch (Yun et al. 2019), and labels count by area. For
-            images with one label each, or none.
+        cutmix: share of the steps in which a box of every image shows another image of its process's rows of the batch (Yun et al. 2019), and labels
+            count by area. For images with one label each, or none.
         mirror: a teacher's outputs are the mean of those of the image and of its mirror image; for images, and outputs (N, classes).
         seed: of the order of the rows, of augmentation and of dropout.
         shard: spread the weights over the processes (FSDP2) instead of a copy in each (DDP).
@@ -100,6 +100,15 @@ class Training:
     def to_json(self) -> dict[str, Any]:
         chosen = {"rank": self.train == LORA, "cutmix": self.cutmix, "mirror": self.mirror}  # a checkpoint of before knows nothing of them
         return {k: v for k, v in asdict(self).items() if chosen.get(k, True)}
+
+    def meant(self, teacher: nn.Module | None) -> None:
+        """
+        Raises:
+            InputError: choices for a teacher, and there is none.
+        """
+        lonely = [n for n in ("mirror", "features") if getattr(self, n)]
+        if teacher is None and lonely:
+            raise InputError(f"{lonely[0]}={getattr(self, lonely[0])} is of a teacher, and there is none.\n  Pass teacher=, or leave it out.")
 
     def kind(self, model: nn.Module) -> str:
         """ "sgd" or "adamw"."""
