@@ -960,7 +960,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "soft labels of a loss of one's own are taken for numbers",
         "secateur/recover/loop.py",
-        "None if self.loss else labels)",
+        "None if self.loss is not None else labels)",
         "labels)",
         ("tests/recover/test_recover.py",),
     ),
