@@ -134,7 +134,7 @@ def recovered(rows: list[dict[str, Any]]) -> Rows:
     for (what, task, share, keep, epochs, method, kind, lr, features, cutmix, mirror), same in groups.items():
         if what == "cut":
             rate = (f" at a rate of {lr:g}" if lr else "") + (" with features" if features else "")
-            rate += (" with boxes (CutMix)" if cutmix else "") + (" with mirror images" if mirror else "")
+            rate += f" with {' and '.join(['CutMix'] * bool(cutmix) + ['mirror images'] * bool(mirror))}" if cutmix or mirror else ""
             before = statistics.fmean(row["without_training"] for row in same)
             name = f"{task} ÷{share:g} by {method.split('/')[0].replace('_', ' ')}, {epochs:g} epochs{rate}"
             cut.append(f"{name}: {before:.2f} -> **{_spread([row['recovered'] for row in same])}**")
