@@ -278,7 +278,7 @@ class Work:
             statistics = Calibration(self.model, graph, how.data, args=self.args, kwargs=self.kwargs, loss=how.loss, seed=how.seed)
         scores = criteria.score(graph, self.model, how.score, how.seed, statistics)
         if how.depth:
-            scores = {**scores, **criteria.blocks(graph, self.model)}
+            scores = {**criteria.blocks(graph, self.model), **scores}
         scores = of(how.data).lent("scores", self._of_named(graph, scores))
         study = self.study(graph) if how.data is not None else None  # for the repair
         return _Planner(partial(budget.plan, graph, scores, allocation=how.allocation), scores, study)

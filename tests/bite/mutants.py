@@ -1321,4 +1321,25 @@ MUTANTS: list[Mutant] = [
         'pass',
         ('tests/recover/test_place.py',),
     ),
+    Mutant(
+        'what is written behind a block that went reaches the stream',
+        'secateur/trace/blocks.py',
+        'return {j for j, stream in bypass.items() if {j, stream} & written and',
+        'return {j for j, stream in bypass.items() if False and',
+        ('tests/trace/test_blocks.py',),
+    ),
+    Mutant(
+        'dropout at rest is memory of its own',
+        'secateur/trace/blocks.py',
+        'value.op == "call_function" and "dropout" in op_name(value)',
+        'False',
+        ('tests/trace/test_blocks.py',),
+    ),
+    Mutant(
+        'scores of blocks by the user are passed over',
+        'secateur/prune.py',
+        '{**criteria.blocks(graph, self.model), **scores}',
+        '{**scores, **criteria.blocks(graph, self.model)}',
+        ('tests/trace/test_blocks.py',),
+    ),
 ]

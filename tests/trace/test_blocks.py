@@ -145,3 +145,103 @@ def test_a_branch_that_writes_into_a_view_of_the_stream():
             done, stream = cut(model, graph, without(graph, name)).model(X), model.stem(X)
             stream[:, :2] = 0.0
             torch.testing.assert_close(done, stream)
+
+
+class Overwritten(nn.Module):
+    """What is behind the addition is written into, and the stream is needed once more; through a dropout at rest too."""
+
+    def __init__(self, drops=False):
+        super().__init__()
+        self.stem, self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(16, 3)
+        self.drop = nn.Dropout(0.5) if drops else nn.Identity()
+
+    def forward(self, x, without=False):
+        first = x = self.stem(x)
+        x = x.clone() if without else x + self.a(x)
+        x = self.drop(x).add_(self.b(x))
+        return self.head(torch.cat([first, x], -1))
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_what_is_written_behind_a_block_that_went_does_not_reach_the_stream(drops):
+    torch.manual_seed(0)
+    model, x = Overwritten(drops).eval(), torch.randn(8, 6)
+    result = prune(model, (x,), MACs("80%"), depth=True, only=["a"])
+    assert result.plan.removed == {"a:block": 1} and torch.allclose(result.model(x), model(x, without=True), atol=1e-6)
+
+
+def test_the_input_is_not_written_into():
+    class In(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(nn.functional.silu(x + self.a(x), inplace=True))
+
+    torch.manual_seed(0)
+    model, x = In().eval(), torch.randn(8, 6)
+    result, before = prune(model, (x,), MACs("50%"), depth=True, only=["a"]), x.clone()
+    assert torch.allclose(result.model(x), model.head(nn.functional.silu(x)), atol=1e-6) and torch.equal(x, before)
+
+
+def test_a_block_and_one_around_it_both_go():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.body, self.tail = nn.Conv2d(8, 8, 1), nn.Sequential(Branch(8), Branch(8)), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            return x + self.tail(self.body(self.down(x).relu()))
+
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), Around(), Around(), nn.Conv2d(8, 3, 3)).eval()
+
+    def the_first_goes(graph, model, seed):
+        scores = {n: torch.full((g.size,), float("inf")) for n, g in graph.groups.items()}
+        return scores | {n: torch.tensor([0.0 if n.startswith("1") else float("inf")]) for n in graph.blocks}
+
+    left = nn.Sequential(model[0], model[2], model[3])
+    result = prune(model, (X,), MACs(at_most=count(left, (X,)).macs), score=the_first_goes, depth=True)
+    assert set(result.plan.removed) == {"1.tail:block", "1.body.0.last:block", "1.body.1.last:block"} and result.proof.passed
+    assert torch.allclose(result.model(X), left(X), atol=1e-5)
+
+
+def test_an_addition_that_makes_another_type_is_no_block():
+    class Promoting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a = nn.Linear(6, 8).bfloat16(), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = self.stem(x.bfloat16())
+            return x + self.a(x.float())
+
+    assert not trace(Promoting().eval(), (torch.randn(4, 6),)).blocks
+
+
+def test_a_branch_with_casts_is_a_block():
+    class Casting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.stem(x)
+            y = x.to(torch.float32)
+            y = self.a((y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype))
+            return self.head(x + y)
+
+    assert set(trace(Casting().eval(), (torch.randn(4, 6),)).blocks) == {"a:block"}
+
+
+def test_scores_of_blocks_by_the_user_are_obeyed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), Branch(8), Branch(8), Branch(8), nn.Conv2d(8, 3, 1)).eval()
+
+    def first_and_third_stay(graph, model, seed):
+        scores = {n: torch.full((g.size,), float("inf")) for n, g in graph.groups.items()}
+        return scores | {n: torch.tensor([0.0 if n.startswith("2") else float("inf")]) for n in graph.blocks}
+
+    result = prune(model, (X,), MACs("75%"), score=first_and_third_stay, depth=True)
+    assert {n for n in result.plan.removed if n in result.graph.blocks} == {"2.last:block"}

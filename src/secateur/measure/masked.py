@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from secateur.axes import Axis, Dim, mask
 from secateur.trace import Graph
-from secateur.trace.blocks import bypassed
+from secateur.trace.blocks import bypassed, copied
 from secateur.trace.call import Call
 
 Keep = Mapping[Axis, np.ndarray]
@@ -31,6 +31,7 @@ class MaskedOriginal(fx.Interpreter):
         self.traced = graph
         self.keep: Keep = graph.keep_axes(keep)
         self.bypass = bypassed(graph.removed_blocks(keep))
+        self.copied = copied(graph.capture.graph, self.bypass)
         self.state = state
 
     def inputs(self, flat: list[Any]) -> list[Any]:
@@ -50,7 +51,8 @@ class MaskedOriginal(fx.Interpreter):
         if n.op != "call_function" or not hasattr(n.target, "_schema"):
             return super().run_node(n)
         if n in self.bypass:
-            return self.env[self.bypass[n]]
+            stream = self.env[self.bypass[n]]
+            return stream.clone() if n in self.copied else stream
         if n.target._schema.name == "aten::_assert_tensor_metadata":
             return None  # it asserts the dtype of the dense run
         c = Call(n, self.traced.env)

@@ -21,7 +21,7 @@ from secateur.surgery.batch import free_the_batch
 from secateur.surgery.constants import changes
 from secateur.surgery.fixed import hold_inputs
 from secateur.trace import Graph
-from secateur.trace.blocks import bypassed, live
+from secateur.trace.blocks import bypassed, copied, live
 from secateur.trace.call import Call, op_name
 
 Keep = Mapping[Axis, np.ndarray]
@@ -67,7 +67,7 @@ def predict(
     capture = graph.capture
     keep = graph.keep_axes(plan_keep)
     unused, bypass = graph.unused_tensors(plan_keep), bypassed(graph.removed_blocks(plan_keep))
-    runs = live(capture.graph, bypass)
+    runs, copies = live(capture.graph, bypass), copied(capture.graph, bypass)
     result = Prediction(fx.GraphModule({}, fx.Graph()))
     root = nn.Module()
     new = fx.Graph()
@@ -80,8 +80,9 @@ def predict(
                 continue
             _attach(root, name, _cut_state(graph, name, keep, state))
             env[node] = new.get_attr(_attribute(name))
-        elif node in bypass:
-            env[node] = env[bypass[node]]
+        elif node in bypass and node in runs:  # else it was within another one that goes
+            stream = env[bypass[node]]
+            env[node] = new.call_function(torch.ops.aten.clone.default, (stream,)) if node in copies else stream
         elif node.op == "call_function" and (op_name(node) == "_assert_tensor_metadata" or (bypass and node not in runs)):
             continue
         elif node.op == "call_function":

@@ -38,6 +38,8 @@ def find_blocks(capture: Capture) -> dict[str, Block]:
         if len(ends) < 2 or any(shape_of(e.meta["val"]) != shape_of(node.meta["val"]) for e in ends):
             continue
         for stream, branch in (ends, ends[::-1]):
+            if stream.meta["val"].dtype != node.meta["val"].dtype:
+                continue  # the addition makes another type of it
             nodes = _branch(stream, branch, node, place)
             layers = [n for n in nodes if op_name(n) in _WITH_WEIGHTS]
             if layers:
@@ -64,7 +66,8 @@ def _branch(stream: fx.Node, branch: fx.Node, join: fx.Node, place: Mapping[fx.N
         elif node not in nodes and place[node] > place[stream] and node.op == "call_function":
             nodes.add(node)
             todo += node.all_input_nodes
-    if not reached or any(user is not join and user not in nodes for n in nodes for user in n.users):
+    users = {user for n in nodes for user in n.users if op_name(user) != "_assert_tensor_metadata"}  # such as casts leave behind
+    if not reached or not users <= {join, *nodes}:
         return set()
     if any(_writes_outside(n, nodes) for n in nodes):
         return set()  # the branch changes the stream, or a view of it, in place
@@ -97,10 +100,21 @@ def bypassed(blocks: Iterable[Block]) -> dict[fx.Node, fx.Node]:
     return {b.join: b.stream for b in blocks}
 
 
+def copied(graph: fx.Graph, bypass: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
+    """The keys of `bypass` in whose place a copy has to pass: something that still runs writes into the sum, or into the stream. The sum was memory
+    of its own, unless it was `stream += branch`."""
+    written = set[fx.Node]().union(*(_roots(n) for n in graph.nodes if n not in bypass and _writes(n)))
+    return {j for j, stream in bypass.items() if {j, stream} & written and not (_writes(j) and j.args[0] is stream)}
+
+
+def _writes(node: fx.Node) -> bool:
+    return any(a.alias_info.is_write for a, _ in _aliased(node))
+
+
 def live(graph: fx.Graph, bypass: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
     """Nodes that the outputs still depend on when every `join` of `bypass` is replaced by its `stream`: what they are
     computed from, and what writes in place into any of that, be it through views."""
-    written = {n: _roots(n) for n in graph.nodes if any(a.alias_info.is_write for a, _ in _aliased(n))}
+    written = {n: _roots(n) for n in graph.nodes if _writes(n)}
     seen: set[fx.Node] = set()
     todo = [n for n in graph.nodes if n.op == "output"]
     while todo:
@@ -114,12 +128,12 @@ def live(graph: fx.Graph, bypass: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
 
 
 def _roots(node: fx.Node) -> set[fx.Node]:
-    """What an op may share memory with: its aliased arguments, what those are views of, and so on."""
+    """What an op may share memory with: its aliased arguments, what those are views of, and so on. At rest dropout hands back its input."""
     found: set[fx.Node] = set()
     todo = [v for _, v in _aliased(node)]
     while todo:
         value = todo.pop()
         if isinstance(value, fx.Node) and value not in found:
             found.add(value)
-            todo += [v for _, v in _aliased(value)]
+            todo += [value.args[0]] if value.op == "call_function" and "dropout" in op_name(value) else [v for _, v in _aliased(value)]
     return found
