@@ -6,7 +6,8 @@ one call with calibration images among those (`cut`, a CPU), and trained back fo
 
 Trainings lie side by side in one process, each step a CUDA graph on a stream of its own: the arithmetic is that of `secateur.recover` with SGD and
 bfloat16 (`tests/test_recipes.py` compares a step), but rows are drawn on the GPU and what is left of an epoch's last batch is dropped.
-Files lie in `build/recipes`, the results in `results/recipes.json`.
+Files lie in `build/recipes`, the results in `results/recipes.json`; the committed ones are by an earlier form of this script, in three processes of
+two trainings each.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import cifar
+from benchmarks.no_training.methods import ours
 from benchmarks.no_training.tasks import TASKS, batched
 from benchmarks.recover import shaped, training_images
 
@@ -246,13 +248,11 @@ def from_the_start(options: argparse.Namespace) -> None:
 
 
 def cut(options: argparse.Namespace) -> None:
-    kept, held = images(None)
+    kept, held = (tuple(t.cpu() for t in rows) for rows in images(None))
     rows = torch.randperm(len(kept[0]), generator=torch.Generator().manual_seed(0))[:2048]
     calibration = batched(kept[0][rows], kept[1][rows])
     for share in SHARES:
         task = replace(TASKS["resnet56"], dense=dense, calibrate=lambda seed: calibration)
-        from benchmarks.no_training.methods import ours
-
         model, _ = ours(task, 1 / float(share), 0)
         print(share, top1(model, held), flush=True)
         saved(model, share)

@@ -121,7 +121,7 @@ def teach(task: Task, options: argparse.Namespace, seed: int) -> None:
 
 
 def shaped(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
-    """A network with the widths of a cut one, and its weights."""
+    """A network with the widths of a cut one, and its weights; the numbers in its code, such as those of a shortcut, stay."""
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d):
             layer.out_channels, layer.in_channels = (n * (1 if i == 0 else layer.groups) for i, n in enumerate(state[f"{name}.weight"].shape[:2]))

@@ -1324,14 +1324,14 @@ MUTANTS: list[Mutant] = [
     Mutant(
         'what is written behind a block that went reaches the stream',
         'secateur/trace/blocks.py',
-        'return {j for j, stream in bypass.items() if {j, stream} & written and',
-        'return {j for j, stream in bypass.items() if False and',
+        'return {join for join, stream in bypass.items() if not (',
+        'return {join for join, stream in bypass.items() if False and not (',
         ('tests/trace/test_blocks.py',),
     ),
     Mutant(
         'dropout at rest is memory of its own',
         'secateur/trace/blocks.py',
-        'value.op == "call_function" and "dropout" in op_name(value)',
+        'node.op == "call_function" and "dropout" in op_name(node)',
         'False',
         ('tests/trace/test_blocks.py',),
     ),
@@ -1340,6 +1340,13 @@ MUTANTS: list[Mutant] = [
         'secateur/prune.py',
         '{**criteria.blocks(graph, self.model), **scores}',
         '{**scores, **criteria.blocks(graph, self.model)}',
+        ('tests/trace/test_blocks.py',),
+    ),
+    Mutant(
+        'what the stream is a view of is written into behind a block that went',
+        'secateur/trace/blocks.py',
+        'roots & {join, stream, *_roots(stream)}',
+        'roots & {join, stream}',
         ('tests/trace/test_blocks.py',),
     ),
 ]

@@ -106,7 +106,7 @@ def test_the_labels_of_a_box_count_in_training():
 
 
 def test_a_run_that_is_stopped_shows_the_same_boxes(tmp_path):
-    how, stop = Training(epochs=2, cutmix=0.8, mirror=True, lr=0.05), 0
+    how, stop = Training(epochs=2, cutmix=0.8, mirror=True, lr=0.05, every=0), 0
 
     def stopping(step, steps, loss):
         if step == stop:
@@ -116,9 +116,9 @@ def test_a_run_that_is_stopped_shows_the_same_boxes(tmp_path):
     for at in (2, 4):
         stop = at
         with pytest.raises(KeyboardInterrupt):
-            recover(net(), rows(), Training(epochs=2, cutmix=0.8, mirror=True, lr=0.05, every=0), teacher=net(1), folder=tmp_path, progress=stopping)
+            recover(net(), rows(), how, teacher=net(1), folder=tmp_path, progress=stopping)
     stop = -1
-    again = recover(net(), rows(), Training(epochs=2, cutmix=0.8, mirror=True, lr=0.05, every=0), teacher=net(1), folder=tmp_path, progress=stopping)
+    again = recover(net(), rows(), how, teacher=net(1), folder=tmp_path, progress=stopping)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values(), strict=True))
 
 

@@ -170,6 +170,26 @@ def test_what_is_written_behind_a_block_that_went_does_not_reach_the_stream(drop
     assert result.plan.removed == {"a:block": 1} and torch.allclose(result.model(x), model(x, without=True), atol=1e-6)
 
 
+def test_what_the_stream_is_a_view_of_may_be_written_into():
+    class Viewed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(4, 4), nn.Linear(8, 8), nn.Linear(4, 3)
+
+        def forward(self, x, without=False):
+            whole = self.stem(x)
+            x = whole.view(-1, 2, 4)
+            x = x.clone() if without else x + self.a(x)
+            whole.add_(self.b(whole))
+            return self.head(x), whole
+
+    torch.manual_seed(0)
+    model, x = Viewed().eval(), torch.randn(8, 6)
+    result = prune(model, (x,), MACs("85%"), depth=True, only=["a"])
+    assert result.plan.removed == {"a:block": 1}
+    assert all(torch.allclose(mine, wanted, atol=1e-6) for mine, wanted in zip(result.model(x), model(x, without=True), strict=True))
+
+
 def test_the_input_is_not_written_into():
     class In(nn.Module):
         def __init__(self):

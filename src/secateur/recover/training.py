@@ -45,7 +45,7 @@ class Training:
         clip: largest norm of the gradient.
         augment: "none", "flip" (left and right) or "flip_crop" (and moved by up to an eighth), for images.
         cutmix: share of the steps in which a box of every image shows another image of its process's rows of the batch (Yun et al. 2019), and labels
-            count by area. For images with one label each, or none.
+            count by area. For images; labels (N,) or (N, classes), or none.
         mirror: a teacher's outputs are the mean of those of the image and of its mirror image; for images, and outputs (N, classes).
         seed: of the order of the rows, of augmentation and of dropout.
         shard: spread the weights over the processes (FSDP2) instead of a copy in each (DDP).

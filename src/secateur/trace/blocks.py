@@ -80,7 +80,7 @@ def _writes_outside(node: fx.Node, nodes: set[fx.Node]) -> bool:
         while argument.alias_info.is_write and isinstance(value, fx.Node):
             if value not in nodes:
                 return True
-            value = next((v for _, v in _aliased(value)), None)  # what it is a view of
+            value = next(iter(_shared(value)), None)  # what it is a view of
     return False
 
 
@@ -101,10 +101,12 @@ def bypassed(blocks: Iterable[Block]) -> dict[fx.Node, fx.Node]:
 
 
 def copied(graph: fx.Graph, bypass: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
-    """The keys of `bypass` in whose place a copy has to pass: something that still runs writes into the sum, or into the stream. The sum was memory
-    of its own, unless it was `stream += branch`."""
-    written = set[fx.Node]().union(*(_roots(n) for n in graph.nodes if n not in bypass and _writes(n)))
-    return {j for j, stream in bypass.items() if {j, stream} & written and not (_writes(j) and j.args[0] is stream)}
+    """The keys of `bypass` in whose place a copy has to pass: behind the stream something writes into the sum, or into what the stream shares its
+    memory with. The sum was memory of its own, unless it was `stream += branch`."""
+    place = {n: i for i, n in enumerate(graph.nodes)}
+    written = {n: _roots(n) for n in graph.nodes if n not in bypass and _writes(n)}
+    return {join for join, stream in bypass.items() if not (_writes(join) and join.args[0] is stream)
+            and any(place[n] > place[stream] and roots & {join, stream, *_roots(stream)} for n, roots in written.items())}  # fmt: skip
 
 
 def _writes(node: fx.Node) -> bool:
@@ -128,12 +130,18 @@ def live(graph: fx.Graph, bypass: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
 
 
 def _roots(node: fx.Node) -> set[fx.Node]:
-    """What an op may share memory with: its aliased arguments, what those are views of, and so on. At rest dropout hands back its input."""
+    """What an op may share memory with: its aliased arguments, what those are views of, and so on."""
     found: set[fx.Node] = set()
-    todo = [v for _, v in _aliased(node)]
+    todo = _shared(node)
     while todo:
         value = todo.pop()
-        if isinstance(value, fx.Node) and value not in found:
+        if value not in found:
             found.add(value)
-            todo += [value.args[0]] if value.op == "call_function" and "dropout" in op_name(value) else [v for _, v in _aliased(value)]
+            todo += _shared(value)
     return found
+
+
+def _shared(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory the value of a node may be. At rest dropout hands back its input, and its schema does not say so."""
+    values = node.args[:1] if node.op == "call_function" and "dropout" in op_name(node) else [v for _, v in _aliased(node)]
+    return [v for v in values if isinstance(v, fx.Node)]
