@@ -99,7 +99,7 @@ class Remembered(nn.Module):
 
 def training(options: argparse.Namespace, seed: int) -> Training:
     return Training(options.epochs, lr=options.lr, distil=0.9, features=options.features or 0.0, precision="bfloat16", channels_last=True,
-                    augment="flip_crop", cutmix=options.cutmix or 0.0, mirror=options.mirror, seed=seed)  # fmt: skip
+                    augment="flip_crop", cutmix=options.cutmix or 0.0, mirror=options.mirror, average=options.average or 0.0, seed=seed)  # fmt: skip
 
 
 def teach(task: Task, options: argparse.Namespace, seed: int) -> None:
@@ -143,6 +143,7 @@ def cut(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     name += f"-without{options.held_out}" if options.held_out else ""
     name += f"-cutmix{options.cutmix:g}" if options.cutmix else ""
     name += "-mirror" if options.mirror else ""
+    name += f"-average{options.average:g}" if options.average else ""
     seconds = None
     if kept.exists():  # by a run before
         model = shaped(task.dense(), torch.load(kept, weights_only=True))
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("--features", type=float, help="weight of the distance between the outputs of the blocks, of `cut`; without it none")
     parser.add_argument("--cutmix", type=float, help="share of the steps with boxes of other images, of `cut`; without it none")
     parser.add_argument("--mirror", action="store_true", help="the teacher of `cut` sees mirror images too")
+    parser.add_argument("--average", type=float, help="share of the steps whose mean weights are taken, of `cut`; without it none")
     parser.add_argument("--part", default="0/1", help="of `teach`: every so manieth step")
     parser.add_argument("--held-out", type=int, default=0, help="training images that `cut` is compared with the teacher on, instead of the test")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -219,7 +221,8 @@ def main() -> None:
         for kind, keep in jobs:
             same = {"what": options.what, "task": options.task, "seed": seed, "epochs": options.epochs}
             cutting = {"share": options.share, "method": options.method, "lr": options.lr, "features": options.features,
-                       "held_out": options.held_out or None, "cutmix": options.cutmix, "mirror": options.mirror or None}  # fmt: skip
+                       "held_out": options.held_out or None, "cutmix": options.cutmix, "mirror": options.mirror or None,
+                       "average": options.average}  # fmt: skip
             same |= {"kind": kind, "keep": keep} if kind else cutting
             rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
             if any(all(row.get(k) == v for k, v in same.items()) for row in rows):

@@ -48,6 +48,7 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
     distil: Annotated[float, typer.Option(min=0, max=1, help="Share of the loss that comes from the teacher.")] = 0.9,
     features: Annotated[float, typer.Option(min=0, help="Weight of the distance between inner outputs of teacher and model.")] = 0.0,
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average of the weights, such as 0.999.")] = None,
+    average: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps, the last, whose mean weights come back, such as 0.33.")] = 0.0,
     augment: Annotated[str, typer.Option(help="none, flip or flip_crop, for images.")] = "none",
     cutmix: Annotated[float, typer.Option(help="Share of the steps in which a box of every image shows another one.")] = 0.0,
     mirror: Annotated[bool, typer.Option("--mirror", help="The teacher also sees the mirror images; its outputs are the mean.")] = False,
@@ -61,7 +62,8 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
 ) -> None:
     """Train a pruned model back; its widths and its zeros stay. Goes on after a kill; `torchrun -m secateur recover ...` shares the work."""
     how = Training(epochs, batch or ROWS, lr, train=train, distil=distil, features=features, ema=ema, precision=precision,
-                   channels_last=channels_last, augment=augment, seed=seed, shard=shard, rank=rank, cutmix=cutmix, mirror=mirror)  # fmt: skip
+                   channels_last=channels_last, augment=augment, seed=seed, shard=shard, rank=rank, cutmix=cutmix, mirror=mirror,
+                   average=average)  # fmt: skip
     if data is None:
         raise InputError("recover needs data to train on.\n  Add --data DATA.")
     _meant(shard, teacher, {"--blocks": blocks, "--teacher-weights": teacher_weights, "--features": features, "--mirror": mirror})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from secateur.models.quality import scores_of
 from secateur.plan import Plan
 from secateur.recover import checkpoint, modes
 from secateur.recover import loss as losses
+from secateur.recover.average import Average
 from secateur.recover.engine import Engine, engine
 from secateur.recover.images import shown
 from secateur.recover.lora import LowRank
@@ -113,7 +114,7 @@ class Run:
                         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                     self._ready(first, found, plan)
                     self._epochs(settings, folder, progress)
-                    self._averaged()
+                    self.average.put(self.order, self.mode)
                 finally:
                     self._ended()
                     if taught is not None:
@@ -132,19 +133,13 @@ class Run:
         moves = masked and how.train == "all" and any(model.get_parameter(n).requires_grad for n in masked.weights)
         self.held = hold(model, masked, self.optimizer) if masked and moves else None
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.shadow = {n: p.detach().clone() for n, p in model.named_parameters()} if how.ema is not None else {}
+        self.average = Average(model, how, self.steps)
         if self.teacher is not None:
             self._with_teacher(first)
         if found:
             self._resumed(found)
         self.engine.agreed(self.step)
         self.good = checkpoint.state_of(model)
-
-    def _averaged(self) -> None:
-        """The average in the place of the weights."""
-        with torch.no_grad():
-            for name, average in self.shadow.items():
-                self.model.get_parameter(name).copy_(average)
 
     def _ended(self) -> None:
         if self.held is not None:
@@ -207,10 +202,7 @@ class Run:
         if not (torch.isfinite(norm) and found == found and abs(found) != float("inf")):
             self._refused(own, found)
         self.optimizer.step()
-        if how.ema is not None:
-            with torch.no_grad():
-                for name, p in self.model.named_parameters():
-                    self.shadow[name].lerp_(p.detach(), 1 - how.ema)
+        self.average.add(self.step)
         return found
 
     def _fitting(self, batch: Any) -> Tensor:
@@ -295,20 +287,8 @@ class Run:
 
     def _validated(self, row: dict[str, float]) -> None:
         assert self.valid is not None
-        with self._average(), torch.no_grad(), self.mode.rest():
+        with self.average.shown(self.order, self.mode), torch.no_grad(), self.mode.rest():
             row |= validated(self.valid, lambda batch: self._valued(batch, self.model), self.model)
-
-    @contextmanager
-    def _average(self) -> Iterator[None]:
-        """The average in the place of the weights, for a while."""
-        kept = {n: self.model.get_parameter(n).detach().clone() for n in self.shadow}
-        self._averaged()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, weights in kept.items():
-                    self.model.get_parameter(name).copy_(weights)
 
     def _watched(self) -> None:
         if self.watch:
@@ -318,14 +298,14 @@ class Run:
         self.good = checkpoint.state_of(self.model)
         if folder is None:
             return
-        shadow, ends = {n: checkpoint.full(t) for n, t in self.shadow.items()}, None
+        ends = None
         if self.beside or self.step == self.steps:
-            with self._average() if self.step == self.steps else nullcontext():
+            with self.average.shown(self.order, self.mode) if self.step == self.steps else nullcontext():
                 now = checkpoint.state_of(self.model)
                 ends = checkpoint.digest(self.beside.merged(now) if self.beside else now)
         held = {"settings": json.dumps(settings), "begun": self.begun, "step": self.step, "total": self.total, "history": self.history,
                 "seconds": self._seconds(), "model": self.good, "optimizer": checkpoint.optimizer_state(self.model, self.optimizer),
-                "shadow": shadow, "ends": ends}  # fmt: skip
+                "shadow": self.average.state(), "ends": ends}  # fmt: skip
         if self.engine.rank == 0:
             checkpoint.write(folder, held)
         self.engine.wait()
@@ -343,8 +323,7 @@ class Run:
     def _resumed(self, found: Mapping[str, Any]) -> None:
         checkpoint.put(self.model, found["model"])
         checkpoint.put_optimizer(self.model, self.optimizer, found["optimizer"])
-        for name, tensor in self.shadow.items():
-            tensor.copy_(checkpoint.spread(found["shadow"][name], tensor))
+        self.average.resumed(found["shadow"])
         self.begun = found["begun"]
         self.step, self.total, self.history, self.spent = found["step"], found["total"], list(found["history"]), found["seconds"]
 

@@ -20,6 +20,7 @@ RATE = {SGD: 0.02, ADAMW: 3e-4}  # of a batch of 128: a fifth of what such netwo
 UPDATES = 10  # times that for low-rank updates, which begin as zeros
 DECAY = {SGD: 5e-4, ADAMW: 0.01}
 ROWS = 128
+AVERAGED = 0.5  # the rate while weights are averaged: they have to move, so that their mean is none of them
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Training:
         temperature: that its outputs are divided by.
         features: weight of the squared distance between inner outputs of the same name and shape (Romero et al. 2015).
         ema: decay of a moving average of the weights, which is then what comes back; None: no average.
+        average: share of the steps, the last ones, whose mean weights come back, with statistics of batch norms estimated for them. The rate falls to
+            half until then, and stays there (stochastic weight averaging, Izmailov et al. 2018).
         precision: "float32" or "bfloat16" (autocast; weights stay float32).
         channels_last: the layout of images while training.
         clip: largest norm of the gradient.
@@ -73,6 +76,7 @@ class Training:
     rank: int = 8
     cutmix: float = 0.0
     mirror: bool = False
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         words = {"optimizer": ("auto", SGD, ADAMW), "train": ("all", "norms", "lora"), "precision": ("float32", "bfloat16"),
@@ -80,7 +84,7 @@ class Training:
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name}={getattr(self, name)!r}: there are {', '.join(known)}.\n  Choose one of them.")
-        ranges = {"epochs": (0, math.inf), "warmup": (0, 1), "distil": (0, 1), "cutmix": (0, 1), "temperature": (1e-6, math.inf),
+        ranges = {"epochs": (0, math.inf), "warmup": (0, 1), "distil": (0, 1), "cutmix": (0, 1), "average": (0, 1), "temperature": (1e-6, math.inf),
                   "features": (0, math.inf), "clip": (1e-12, math.inf), "every": (0, math.inf)}  # fmt: skip
         for name, (least, most) in ranges.items():
             if not least <= getattr(self, name) <= most or not math.isfinite(getattr(self, name)):
@@ -93,12 +97,15 @@ class Training:
             raise InputError(f"batch={self.batch!r} is no number of rows.\n  Give a whole number from 1 on, or leave it out.")
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise InputError(f"rank={self.rank!r} is no rank of a matrix.\n  Give a whole number from 1 on, such as 8.")
+        if self.ema is not None and self.average:
+            raise InputError(f"ema={self.ema} and average={self.average:g}: one of the two comes back.\n  Leave one of them out.")
         if self.train == LORA and self.shard:
             raise InputError("train='lora' beside shard: the updates are not spread over processes.\n"
                              "  Leave shard out: the optimizer keeps little for them.")  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        chosen = {"rank": self.train == LORA, "cutmix": self.cutmix, "mirror": self.mirror}  # a checkpoint of before knows nothing of them
+        # a checkpoint of before knows nothing of these
+        chosen = {"rank": self.train == LORA, "cutmix": self.cutmix, "mirror": self.mirror, "average": self.average}
         return {k: v for k, v in asdict(self).items() if chosen.get(k, True)}
 
     def meant(self, teacher: nn.Module | None) -> None:
@@ -129,7 +136,8 @@ class Training:
         rising = self.warmup * steps
         if step < rising:
             return (step + 1) / (rising + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
+        low, falling = (AVERAGED if self.average else 0.0), steps * (1 - self.average) - rising
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1.0, falling))))
 
     def made(self, model: nn.Module, rows: int) -> torch.optim.Optimizer:
         """The optimizer of the parameters that are trained.
