@@ -95,9 +95,9 @@ def test_boxes_mirror_images_and_the_device_reach_the_training(data, tmp_path, c
     monkeypatch.setattr("secateur.cli_recover.moved", lambda model, device: places.append(device) or model)
     sc.save(masked(trained_net(), rows().inputs[:2]), tmp_path / "out")
     line = ["recover", str(tmp_path / "out"), "--data", data, "--epochs", "1", "--teacher", TEACHER, "--json"]
-    assert main([*line, "--cutmix", "0.5", "--mirror", "--device", "cpu"]) == 0
+    assert main([*line, "--cutmix", "0.5", "--mirror", "--average", "0.25", "--device", "cpu"]) == 0
     how = json.loads(capsys.readouterr().out)["training"]
-    assert how["cutmix"] == 0.5 and how["mirror"] is True and places == [torch.device("cpu")] * 2
+    assert how["cutmix"] == 0.5 and how["mirror"] is True and how["average"] == 0.25 and places == [torch.device("cpu")] * 2
     assert main([*line[:6], "--mirror"]) == 2 and "--mirror without a dense model" in capsys.readouterr().err
     assert main([*line, "--device", "gpu"]) == 2 and "--device cpu" in capsys.readouterr().err
 

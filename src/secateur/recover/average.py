@@ -9,6 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import DataError, first_line
 from secateur.recover import checkpoint
 from secateur.recover.modes import Mode
 from secateur.recover.order import Order
@@ -28,7 +29,8 @@ class Average:
 
     def __init__(self, model: nn.Module, how: Training, steps: int):
         self.model, self.how, self.begin = model, how, steps - round(how.average * steps)
-        self.weights = {n: p.detach().clone() for n, p in model.named_parameters()} if how.ema is not None or how.average else {}
+        used = steps and (how.ema is not None or how.average)
+        self.weights = {n: p.detach().clone() for n, p in model.named_parameters()} if used else {}
 
     @torch.no_grad()
     def add(self, step: int) -> None:
@@ -38,14 +40,23 @@ class Average:
             average.lerp_(self.model.get_parameter(name).detach(), share)
 
     def put(self, order: Order, mode: Mode) -> None:
-        """The average in the place of the weights, with statistics of its own from the `order`'s first batches; `mode`: of the model."""
+        """The average in the place of the weights, with statistics of its own from the `order`'s first batches; `mode`: of the model.
+
+        Raises:
+            DataError: the data fails.
+        """
         with torch.no_grad():
             for name, average in self.weights.items():
                 self.model.get_parameter(name).copy_(average)
-        if self.how.average:
+        if not self.weights or not self.how.average:
+            return
+        batches = (parted(batch, self.model) for batch in islice(order.epoch(0), BATCHES))
+        try:
             with mode.rest():
-                batches = (parted(batch, self.model) for batch in islice(order.epoch(0), BATCHES))
                 batch_norm_statistics(self.model, ((args, kwargs) for args, kwargs, _ in batches))
+        except DataError as error:
+            raise DataError(f"The mean weights got no statistics of batch norms: {first_line(error)}\n"
+                            "  Every step is in the checkpoint, where there is a folder: the same call goes on from there.") from error  # fmt: skip
 
     @contextmanager
     def shown(self, order: Order, mode: Mode) -> Iterator[None]:

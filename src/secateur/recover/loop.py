@@ -298,14 +298,16 @@ class Run:
         self.good = checkpoint.state_of(self.model)
         if folder is None:
             return
-        ends = None
-        if self.beside or self.step == self.steps:
-            with self.average.shown(self.order, self.mode) if self.step == self.steps else nullcontext():
-                now = checkpoint.state_of(self.model)
-                ends = checkpoint.digest(self.beside.merged(now) if self.beside else now)
+        through = self.step == self.steps
         held = {"settings": json.dumps(settings), "begun": self.begun, "step": self.step, "total": self.total, "history": self.history,
                 "seconds": self._seconds(), "model": self.good, "optimizer": checkpoint.optimizer_state(self.model, self.optimizer),
-                "shadow": self.average.state(), "ends": ends}  # fmt: skip
+                "shadow": self.average.state(), "ends": None}  # fmt: skip
+        if self.engine.rank == 0 and through and self.how.average:
+            checkpoint.write(folder, held)  # what comes next reads the data, which may fail
+        if self.beside or through:
+            with self.average.shown(self.order, self.mode) if through else nullcontext():
+                now = checkpoint.state_of(self.model)
+                held["ends"] = checkpoint.digest(self.beside.merged(now) if self.beside else now)
         if self.engine.rank == 0:
             checkpoint.write(folder, held)
         self.engine.wait()
