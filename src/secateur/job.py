@@ -212,7 +212,7 @@ def _with_statistics(result: Result, data: Data, say: Progress) -> dict[str, flo
     if not before:
         return {}
     say("accuracy with BatchNorm alone")
-    calls = _at_most(batches(Cast(model, data.train), result.graph.program.example_inputs[0]))
+    calls = _at_most(batches(Cast(model, data.train), *result.graph.program.example_inputs))
     used = batch_norm_statistics(model, calls, of(data.train))
     found = {"batch_norm": accuracy(model, Cast(model, data.test))} if used else {}
     with torch.no_grad():

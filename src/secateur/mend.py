@@ -121,7 +121,7 @@ def _mended(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
     used = 0
     if repair != "none":
         say("BatchNorm statistics")
-        used = batch_norm_statistics(result.model, ((a, taken(k, kwargs)) for a, k in batches(data, args)), of(data))
+        used = batch_norm_statistics(result.model, ((a, taken(k, kwargs)) for a, k in batches(data, args, kwargs)), of(data))
     if refused:
         instead = "BatchNorm re-estimated instead" if used else "and there is no BatchNorm to re-estimate"
         result.notes.append(f"not repaired by {'biases' if repair == 'bias' else 'least squares'}, {instead}: {refused}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from secateur.errors import DataError, InputError, SecateurError
 from secateur.measure.run import batch_of, forward, shapes
@@ -32,35 +33,38 @@ class Batch:
         return f"batch {self.number} of data, {shapes(self.args, self.kwargs)}"
 
 
-def batches(data: Iterable[Any], args: tuple) -> Iterator[tuple[tuple, dict[str, Any]]]:
-    """Each item of `data` as (args, kwargs): of a tuple as many leading entries as the model has positional inputs.
+def batches(data: Iterable[Any], args: tuple, kwargs: Mapping[str, Any] | None = None) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """Each item of `data` as (args, kwargs): of a tuple as many leading entries as the model has positional inputs. What holds no tensor in the
+    traced call (`args`, `kwargs`), such as a flag, is as it is there where an item does not say otherwise: the model does what was traced.
 
     Raises:
         DataError: an item that holds no input.
     """
     for item in data:
-        yield _inputs(item, args)
+        found, named, _ = _inputs(item, args, kwargs or {})
+        yield found, named
 
 
-def read(data: Iterable[Any], args: tuple) -> Iterator[Batch]:
-    """Each item of `data` as a `Batch`. Labels are the entry of a tuple after the inputs, or what a dict names "labels".
+def read(data: Iterable[Any], args: tuple, kwargs: Mapping[str, Any] | None = None) -> Iterator[Batch]:
+    """Each item of `data` as a `Batch`, its inputs as in `batches`. Labels are the entry of a tuple after the inputs, or what a dict names "labels".
 
     Raises:
         DataError: an item that holds no input or no rows, or a data set that stops with an error.
     """
     for number, item in enumerate(arriving(data), 1):
-        found, named = _inputs(item, args)
+        found, named, used = _inputs(item, args, kwargs or {})
         if batch_of(found, named) == 0:
             raise no_rows(number, found, named)
         labels = named.get("labels") if isinstance(item, Mapping) else None
-        if isinstance(item, (tuple, list)) and len(item) > len(found):
-            labels = item[len(found)]
+        if isinstance(item, (tuple, list)) and len(item) > used:
+            labels = item[used]
         yield Batch(number, found, named, labels if isinstance(labels, torch.Tensor) else None, item)
 
 
 def taken(named: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Of a batch's named inputs those that the model is called with: all but labels, where the example has none by name."""
-    return {k: v for k, v in named.items() if k in kwargs or (k != "labels" and not kwargs)}
+    by_name = any(_holds_tensor(v) for v in kwargs.values())
+    return {k: v for k, v in named.items() if k in kwargs or (k != "labels" and not by_name)}
 
 
 class Reread:
@@ -86,13 +90,25 @@ def many_times(data: Any) -> Any:
     return Reread(data) if isinstance(data, Iterator) else data
 
 
-def _inputs(item: Any, args: tuple) -> tuple[tuple, dict[str, Any]]:
+def _inputs(item: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any], int]:
+    """A call for an item, and how many entries of a tuple are in it."""
+    flags = {k: v for k, v in kwargs.items() if not _holds_tensor(v)}
     if isinstance(item, torch.Tensor):
-        return (item,), {}
+        item = (item,)
     if isinstance(item, Mapping):
-        return (), dict(item)
+        return (), {**flags, **item}, 0
     if isinstance(item, (tuple, list)) and item:
-        return tuple(item[: max(1, len(args))]), {}
+        if all(_holds_tensor(a) for a in args):
+            return tuple(item[: max(1, len(args))]), flags, min(len(item), max(1, len(args)))
+        found, used = list[Any](), 0
+        for example in args:
+            given = item[used : used + 1]
+            theirs = bool(given) and (_holds_tensor(example) or not _holds_tensor(given[0]))
+            if not given and _holds_tensor(example):
+                break
+            found.append(given[0] if theirs else example)
+            used += theirs
+        return tuple(found), flags, used
     raise DataError(f"a batch is a {type(item).__name__}.\n  Give tensors, (inputs, labels) tuples, or dicts of keyword inputs.")
 
 
@@ -138,3 +154,7 @@ def does_not_run(number: int, args: tuple, kwargs: Mapping, said: str) -> DataEr
 def no_rows(number: int, args: tuple, kwargs: Mapping) -> DataError:
     """What to raise for a batch without rows."""
     return DataError(f"batch {number} of data has no rows: {shapes(args, kwargs)}.\n  Leave empty batches out.")
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))

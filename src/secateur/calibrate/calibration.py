@@ -60,7 +60,7 @@ class Calibration:
                 f"data is a {type(self.data).__name__}, which can be read once, and every statistic reads it anew.\n"
                 "  Pass something that starts over: a list of batches or a DataLoader."
             )
-        return share(read(self.data, self.args), self.processes)
+        return share(read(self.data, self.args, self.kwargs), self.processes)
 
     @property
     def activations(self) -> dict[str, Activity]:

@@ -43,7 +43,7 @@ def parts(data: Iterable[Any], call: Call, size: int | None, *, whole: bool, at_
         DataError: no rows, or not even one whole part.
     """
     found, left = [], math.inf if at_most is None else at_most
-    for batch in read(data, call[0]):
+    for batch in read(data, *call):
         kwargs = {name: value for name, value in batch.kwargs.items() if name in call[1]}
         for part in _cut((batch.args, kwargs), batch.labels, size or batch.rows):
             if left <= 0:

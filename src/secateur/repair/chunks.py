@@ -55,7 +55,7 @@ def chunks(
         ProcessError: processes that share the data were not given the same.
     """
     args, kwargs = graph.program.example_inputs
-    found, left_out, spec = _rows(data, (args, kwargs), min(rows, fitting(graph)), model)
+    found, left_out, call = _rows(data, (args, kwargs), min(rows, fitting(graph)), model)
     if of(data).world > 1:
         seen = Fingerprint()
         seen.add(found)
@@ -65,7 +65,7 @@ def chunks(
         raise DataError("there is no row of calibration data.\n  Give at least one batch.")
     count = len(found[0]) // n
     whole = [column[: count * n].split(n) for column in found]
-    feeds: list[Call] = [tree_unflatten([c[i].clone() for c in whole], spec) for i in range(count)]
+    feeds: list[Call] = [call([c[i].clone() for c in whole]) for i in range(count)]
     alike = tree_flatten((args, kwargs))[1] == tree_flatten(feeds[0])[1]  # names and their order too
     same = alike and batch_of(args, kwargs) == n and shapes(args, kwargs) == shapes(*feeds[0])
     traced = graph if same else _traced(again, feeds[0], shapes(args, kwargs))
@@ -98,42 +98,49 @@ def _traced(again: Callable[[tuple, Mapping], Graph], feed: Call, example: str) 
 
 
 def _rows(data: Iterable[Any], example: tuple[tuple, Mapping], most: int, model: nn.Module | None) -> tuple[list[Tensor], int, Any]:
-    """Every input tensor over all rows taken, the number of rows with other shapes, and the structure of a call."""
+    """Every input tensor over all rows taken, the number of rows with other shapes, and what makes a call of some of their rows."""
     args, kwargs = example
     seen: list = []
     columns: list[list[Tensor]] = []
     kind: Any = None
     spec: Any = None
+    rest: list = []  # of a call: what is no tensor
     rows = left_out = 0
-    for number, (found, named) in enumerate(batches(arriving(data), args), 1):
+    for number, (found, named) in enumerate(batches(arriving(data), args, kwargs), 1):
         named = taken(named, kwargs)
         leaves, this = tree_flatten((found, named))
         n = batch_of(found, named)
         if n == 0:
             raise no_rows(number, found, named)
-        if model is not None and shapes_after_rows(leaves) not in seen:
-            seen.append(shapes_after_rows(leaves))
+        tensors, others = [t for t in leaves if isinstance(t, Tensor)], [Tensor if isinstance(t, Tensor) else t for t in leaves]
+        shape = (shapes_after_rows(leaves), repr(others))
+        if model is not None and shape not in seen:
+            seen.append(shape)
             run(model, number, found, named)
-        if not all(isinstance(t, Tensor) and t.dim() and t.shape[0] == n for t in leaves):
+        if not all(t.dim() and t.shape[0] == n for t in tensors):
             raise DataError(
                 f"an input of {shapes(found, named)} has no row for each of the {n} samples, so it cannot be split.\n"
                 "  Give inputs whose first dimension is the batch, or use repair='batch_norm'."
             )
-        if any(bool(t.isnan().any()) for t in leaves if t.is_floating_point()):
+        if any(bool(t.isnan().any()) for t in tensors if t.is_floating_point()):
             raise DataError(f"batch {number} of data, {shapes(found, named)}, holds NaN.\n  Leave such rows out.")
-        shape = shapes_after_rows(leaves)
         kind = kind or shape
         if shape != kind or (spec is not None and this != spec):
             left_out += n
             continue
-        spec = this
-        columns = columns or [[] for _ in leaves]
-        for column, t in zip(columns, leaves, strict=True):
+        spec, rest = this, others
+        columns = columns or [[] for _ in tensors]
+        for column, t in zip(columns, tensors, strict=True):
             column.append(t.detach()[: most - rows])
         rows += min(n, most - rows)
         if rows >= most:
             break
-    return [torch.cat(c) for c in columns], left_out, spec
+
+    def call(own: list[Tensor]) -> Call:
+        left = iter(own)
+        return tree_unflatten([next(left) if t is Tensor else t for t in rest], spec)
+
+    return [torch.cat(c) for c in columns], left_out, call
 
 
 def shapes_after_rows(leaves: list) -> list:
