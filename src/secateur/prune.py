@@ -121,9 +121,7 @@ def _not_arithmetic(rows: Sequence[Mapping[str, Any]], macs: float) -> list[str]
 
 def _kept_promise(targets: Sequence[Target | MeasuredTarget], before: Cost, after: Cost) -> None:
     """Of what is counted; what is measured was held against its budget where it was measured."""
-    for t in targets:
-        if isinstance(t, MeasuredTarget):
-            continue
+    for t in (t for t in targets if not isinstance(t, MeasuredTarget)):
         limit, have = t.limit(before), getattr(after, t.figure)
         if have > limit:
             raise TargetError(
@@ -241,6 +239,8 @@ class Work:
         notes = list(dict.fromkeys([*done.graph.notes, *done.cut.notes]))
         if done.cut.how == "graph":
             notes.insert(0, f"handed back as a rewritten graph, because the class could not follow: {done.cut.why}")
+        if self.how.depth and not done.graph.blocks:
+            notes.append("depth: no residual block was found that may go as a whole, so none did")
         if done.proof.all_zero:
             notes.append("every output is 0 on these inputs (a zero-initialised last layer?), so the proof compared zeros")
         _kept_promise(targets, before, after)

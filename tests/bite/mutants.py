@@ -1001,16 +1001,16 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "an embedding that was looked at stays shortened",
-        "secateur/measure/run.py",
+        "secateur/trace/kept.py",
         "                    parameter.copy_(values)\n",
         "                    pass\n",
         ("tests/surgery/test_fixed.py",),
     ),
     Mutant(
         "lists of the model are those of torch.export",
-        "secateur/trace/capture.py",
-        "            attributes.update({k: v for k, (v, _) in containers.items() if attributes.get(k) is not v})\n",
-        "            pass\n",
+        "secateur/trace/kept.py",
+        "                held[name] = value\n",
+        "                pass\n",
         ("tests/surgery/test_fixed.py",),
     ),
     Mutant(
@@ -1218,8 +1218,8 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         'fake tensors stay in the model',
-        'secateur/trace/capture.py',
-        '                _refill(container, before)\n',
+        'secateur/trace/kept.py',
+        '            _refill(container, contents)\n',
         '                pass\n',
         ('tests/surgery/test_fixed.py',),
     ),

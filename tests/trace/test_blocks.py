@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from secateur import MACs, Plan, cut, plan, prove, prune, score, trace
+from secateur.errors import CutError
 from secateur.measure import count
 
 X = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -265,3 +266,115 @@ def test_scores_of_blocks_by_the_user_are_obeyed():
 
     result = prune(model, (X,), MACs("75%"), score=first_and_third_stay, depth=True)
     assert {n for n in result.plan.removed if n in result.graph.blocks} == {"2.last:block"}
+
+
+class Fed(nn.Module):
+    """Every branch is scaled by what is made of a parameter after the stream, and of a cast of its own weight."""
+
+    def __init__(self, depth=2):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.scale, self.layers = nn.Parameter(torch.rand(8) + 0.5), nn.ParameterList([nn.Parameter(torch.randn(8, 8) / 3) for _ in range(depth)])
+
+    def forward(self, x):
+        x = self.stem(x)
+        mask = torch.exp(self.scale) * 2
+        for weight in self.layers:
+            x = x + (torch.tanh(x) @ (weight * 0.5)) * mask
+        return self.head(x)
+
+
+class Crossed(nn.Module):
+    """The stream of `x` reads an encoder of `y`, whose outputs nothing else sees."""
+
+    def __init__(self, depth=1):
+        super().__init__()
+        self.embed, self.encoder, self.head = nn.Linear(6, 8), nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 3)
+        self.cross = nn.ModuleList([nn.Linear(16, 8) for _ in range(depth)])
+
+    def forward(self, x, y):
+        x, y = self.embed(x), self.encoder(y)
+        for layer in self.cross:
+            x = x + layer(torch.cat([torch.relu(x), y], 1))
+        return self.head(x)
+
+
+class Repeated(nn.Module):
+    """One layer in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layer, self.own, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in (self.layer, self.layer, self.own):
+            x = x + layer(torch.relu(x))
+        return self.head(x)
+
+
+XS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_branch_may_take_in_what_others_use_too():
+    torch.manual_seed(0)
+    model = Fed().eval()
+    graph = trace(model, (XS[0],))
+    first, second = graph.blocks.values()
+    assert (first.tensors, first.shared) == (("layers.0",), ()) and (second.tensors, second.shared) == (("layers.1",), ())
+    short = Fed(1).eval()
+    for name, other in zip(graph.blocks, ("layers.1", "layers.0"), strict=True):
+        short.load_state_dict({"layers.0": model.get_parameter(other)}, strict=False)
+        for own in ("stem", "head"):
+            short.get_submodule(own).load_state_dict(model.get_submodule(own).state_dict())
+        short.scale.data.copy_(model.scale)
+        made = without(graph, name)
+        done = cut(model, graph, made)
+        torch.testing.assert_close(done.model(XS[0]), short(XS[0]))
+        assert prove(model, graph, made.keep, done.model).passed and count(done.model, (XS[0],)) == made.after
+
+
+def test_what_is_computed_for_one_block_alone_goes_with_it():
+    torch.manual_seed(0)
+    model = Crossed().eval()
+    graph = trace(model, (*XS,))
+    (block,) = graph.blocks.values()
+    assert {t.split(".")[0] for t in block.tensors} == {"encoder", "cross"}
+    assert not trace(model, (*XS,), ignore=["encoder.2"]).blocks
+    made = without(graph, *graph.blocks)
+    done = cut(model, graph, made)
+    torch.testing.assert_close(done.model(*XS), model.head(model.embed(XS[0])))
+    assert not [n for n in done.model.state_dict() if "encoder" in n] and prove(model, graph, made.keep, done.model).passed
+
+
+def test_what_only_blocks_together_read_is_named_and_may_be_ignored():
+    torch.manual_seed(0)
+    model = Crossed(2).eval()
+    graph = trace(model, (*XS,))
+    assert len(graph.blocks) == 2 and not any("encoder" in t for b in graph.blocks.values() for t in b.tensors)
+    one, both = without(graph, *[*graph.blocks][:1]), without(graph, *graph.blocks)
+    assert not [n for n in cut(model, graph, one).notes if "encoder" in n]
+    (note,) = [n for n in cut(model, graph, both).notes if "encoder" in n]
+    assert "2 blocks" in note and "encoder.0.bias, encoder.0.weight, encoder.2.bias, encoder.2.weight" in note
+    kept = trace(model, (*XS,), ignore=["encoder"])
+    cut(model, kept, without(kept, *[*kept.blocks][:1]))
+    with pytest.raises(CutError, match=r"'encoder.0.bias', which ignore= names.*2 blocks(.|\n)*ignore="):
+        cut(model, kept, without(kept, *kept.blocks))
+
+
+def test_a_layer_in_two_places_is_ignored_and_scored_in_both():
+    torch.manual_seed(0)
+    model = Repeated().eval()
+    graph = trace(model, (XS[0],))
+    assert [len(b.tensors) for b in graph.blocks.values()] == [0, 0, 2]
+    scores = score.blocks(graph, model)
+    size = [float(w.detach().double().square().mean().sqrt()) for w in (model.layer.weight, model.layer.weight, model.own.weight)]
+    torch.testing.assert_close(torch.cat([*scores.values()]), torch.tensor(size, dtype=torch.float64) / (sum(size) / 3))
+    assert [*trace(model, (XS[0],), ignore=["layer"]).blocks] == ["own:block"]
+
+
+def test_depth_says_where_there_are_no_blocks():
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    said = "no residual block was found"
+    assert any(said in n for n in prune(model, (X,), MACs("90%"), depth=True).notes)
+    assert not any(said in n for n in prune(model, (X,), MACs("90%")).notes)

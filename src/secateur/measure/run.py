@@ -8,23 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import InputError
+from secateur.trace.kept import BORN_LATER, Kept
 
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no fused attention; every flag is put back afterwards, and so are the buffers and
-    counters (numbers and words among the attributes) that a forward of the model itself changes.
+    attributes that a forward of the model itself changes (`Kept`).
 
     The flags are set one by one because modules that ``torch.export`` made refuse ``eval()``. The fast path of
     ``nn.MultiheadAttention`` is closed because it hides a whole layer behind one operator on the CPU only.
     """
     flags = [(module, module.training) for module in model.modules()]
-    kept = [_Kept(module) for module, _ in flags if not isinstance(module, _BORN_LATER)]
+    kept = [Kept(module) for module, _ in flags if not isinstance(module, BORN_LATER)]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         for module, _ in flags:
@@ -40,55 +40,12 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class _Kept:
-    """What one module itself remembers between two calls."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        with torch.no_grad(), _disable_current_modes():
-            self.buffers = {k: (b, None if b.is_inference() else _copy(b)) for k, b in module._buffers.items() if b is not None}
-            written = module._parameters if getattr(module, "max_norm", None) is not None else {}  # an embedding shortens what it looks up
-            self.written = {k: (p, _copy(p)) for k, p in written.items() if p is not None and not p.is_inference()}
-        self.simple = {k: v for k, v in vars(module).items() if isinstance(v, _SIMPLE)}
-
-    def put_back(self) -> None:
-        with torch.no_grad(), _disable_current_modes():
-            for name, (buffer, copy) in self.buffers.items():
-                if self.module._buffers.get(name) is not buffer:
-                    self.module._buffers[name] = buffer
-                if copy and (buffer._version != copy[1] or not _same(buffer, copy[0])):
-                    buffer.copy_(copy[0])
-            for parameter, (values, version) in self.written.values():
-                if parameter._version != version:
-                    parameter.copy_(values)
-        held = vars(self.module)
-        for name, value in self.simple.items():
-            if held.get(name) is not value:
-                held[name] = value
-
-
-_BORN_LATER = (torch.jit.ScriptModule, LazyModuleMixin)  # state out of Python's sight; sizes that the first call sets
-_SIMPLE = (bool, int, float, complex, str, type(None))
-
-
-def _copy(tensor: Tensor) -> tuple[Tensor, int]:
-    """Its values, and the number of writes into it so far (tensors made in inference mode have none)."""
-    return tensor.clone(), tensor._version
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Batch norm writes its statistics without counting it as a write."""
-    if a.device.type == "meta" or a.layout != torch.strided or not a.is_floating_point():
-        return True
-    return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
-
-
 @contextmanager
 def untouched(args: tuple, kwargs: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Inputs that a forward writes into are put back afterwards."""
     tensors = [leaf for leaf in tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(leaf, Tensor)]
     with torch.no_grad(), _disable_current_modes():
-        copies = [(tensor, _copy(tensor)) for tensor in tensors if not tensor.is_inference()]
+        copies = [(tensor, (tensor.clone(), tensor._version)) for tensor in tensors if not tensor.is_inference()]
     try:
         yield
     finally:

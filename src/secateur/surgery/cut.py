@@ -26,6 +26,7 @@ from secateur.surgery.predict import Prediction, cut_tensor, predict
 from secateur.trace import Graph
 from secateur.trace.call import op_name, shape_of
 from secateur.trace.capture import capture
+from secateur.trace.tracer import named_by
 
 TRAINING = (
     "a rewritten graph was captured in eval mode and from inputs of one size: in training its dropout stays off and its BatchNorm "
@@ -78,13 +79,14 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "", valu
 
     Raises:
         PlanError: the plan does not belong to the graph.
-        CutError: the predicted graph does not run; nothing was changed.
+        CutError: the predicted graph does not run, or `ignore` names a tensor that nothing would read; nothing was changed.
     """
     if plan.weights:
         raise PlanError("this plan makes single weights zero, which a cut does not.\n  mask() carries it out; cut with a plan without weights first.")
     keep = graph.keep_axes(plan.keep)
     state = state_of(model)
     _belongs_together(state, graph)
+    beside = _with_blocks(graph, plan)
     prediction = predict(graph, plan.keep, state)
     gone = graph.removed_blocks(plan.keep)
     if gone:
@@ -121,8 +123,22 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "", valu
             hold_batch(prediction.module.graph, batch_of(args, kwargs))
             prediction.module.recompile()
         notes = [TRAINING] + ([f"the rewritten graph takes only the batch size of the example inputs: {refused}"] if refused else [])
-        return Cut(prediction.module if refused else free, "graph", why, [], kept, prediction.module, notes)
+        return Cut(prediction.module if refused else free, "graph", why, [], kept, prediction.module, notes + beside)
     return Cut(trial, "attributes", "", edits, kept, prediction.module, _unread(graph))
+
+
+def _with_blocks(graph: Graph, plan: Plan) -> list[str]:
+    """A note on tensors of no single block that nothing reads without all those that go, such as an encoder's."""
+    gone = graph.removed_blocks(plan.keep)
+    names = sorted(graph.unused_tensors(plan.keep) & graph.tensors.keys() - {t for b in gone for t in b.tensors})
+    ignored = [n for n in names if named_by(n, graph.ignored)]
+    if ignored:
+        raise CutError(f"{ignored[0]!r}, which ignore= names, would be read by nothing: {len(gone)} blocks that read it go, among them "
+                       f"{gone[0].name!r}.\n  Nothing was changed. Add one of these blocks to ignore=.")  # fmt: skip
+    if not names:
+        return []
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return [f"with the {len(gone)} blocks goes what only they read together: {', '.join(names[:4])}{more}"]
 
 
 def _unread(graph: Graph) -> list[str]:

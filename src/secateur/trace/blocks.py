@@ -19,12 +19,14 @@ _WITH_WEIGHTS = frozenset("linear conv1d conv2d conv3d conv_transpose2d matmul m
 
 @dataclass(frozen=True)
 class Block:
-    """A residual branch. Without it the addition `join` gives `stream`. `tensors` are the parameters only it uses."""
+    """A residual branch. Without it the addition `join` gives `stream`. `tensors` are the parameters that go with it: only it uses them, or what is
+    computed for it alone; `shared`: those that others use too."""
 
     name: str
     join: fx.Node
     stream: fx.Node
     tensors: tuple[str, ...]
+    shared: tuple[str, ...] = ()
 
 
 def find_blocks(capture: Capture) -> dict[str, Block]:
@@ -44,7 +46,7 @@ def find_blocks(capture: Capture) -> dict[str, Block]:
             layers = [n for n in nodes if op_name(n) in _WITH_WEIGHTS]
             if layers:
                 name = _free_name(module_of(max(layers, key=place.__getitem__)), found)
-                found[name] = Block(name, node, stream, _own_tensors(capture, nodes))
+                found[name] = Block(name, node, stream, *_tensors(capture, _with_it(nodes, stream)))
     return found
 
 
@@ -56,22 +58,41 @@ def _free_name(module: str, taken: Mapping[str, Block]) -> str:
 
 
 def _branch(stream: fx.Node, branch: fx.Node, join: fx.Node, place: Mapping[fx.Node, int]) -> set[fx.Node]:
-    """The ops between `stream` and `branch`; empty where they are no branch of their own."""
-    nodes: set[fx.Node] = set()
-    todo, reached = [branch], False
+    """The ops by which `branch` comes from `stream`; empty where they are no branch of their own. What they take in besides, such as a mask that all
+    blocks share, is not among them."""
+    before: set[fx.Node] = set()
+    todo = [branch]
     while todo:
         node = todo.pop()
-        if node is stream:
-            reached = True
-        elif node not in nodes and place[node] > place[stream] and node.op == "call_function":
-            nodes.add(node)
+        if node not in before and place[node] > place[stream] and node.op == "call_function":
+            before.add(node)
             todo += node.all_input_nodes
-    users = {user for n in nodes for user in n.users if op_name(user) != "_assert_tensor_metadata"}  # such as casts leave behind
-    if not reached or not users <= {join, *nodes}:
+    nodes: set[fx.Node] = set()
+    for node in sorted(before, key=place.__getitem__):
+        if any(n is stream or n in nodes for n in node.all_input_nodes):
+            nodes.add(node)
+    if branch not in nodes or not _users(nodes) <= {join, *nodes}:
         return set()
-    if any(_writes_outside(n, nodes) for n in nodes):
+    whole = _with_it(nodes, stream)
+    if any(_writes_outside(n, whole) for n in whole):
         return set()  # the branch changes the stream, or a view of it, in place
     return nodes
+
+
+def _users(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    return {user for n in nodes for user in n.users if op_name(user) != "_assert_tensor_metadata"}  # such as casts leave behind
+
+
+def _with_it(nodes: set[fx.Node], stream: fx.Node) -> set[fx.Node]:
+    """A branch, and what is computed for it alone: casts of its weights, or all of an encoder that nothing else reads."""
+    whole = set(nodes)
+    todo = [n for node in nodes for n in node.all_input_nodes]
+    while todo:
+        node = todo.pop()
+        if node not in whole and node is not stream and node.op == "call_function" and _users([node]) <= whole:
+            whole.add(node)
+            todo += node.all_input_nodes
+    return whole
 
 
 def _writes_outside(node: fx.Node, nodes: set[fx.Node]) -> bool:
@@ -90,9 +111,11 @@ def _aliased(node: fx.Node) -> list:
     return [(a, v) for a, v in pairs if a.alias_info is not None]
 
 
-def _own_tensors(capture: Capture, nodes: set[fx.Node]) -> tuple[str, ...]:
-    uses = {n: set(n.users) for n in capture.graph.nodes if n.op == "placeholder" and n.name in capture.tensors and n.users}
-    return tuple(capture.tensors[n.name] for n, users in uses.items() if users <= nodes)
+def _tensors(capture: Capture, nodes: set[fx.Node]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The parameters that only these ops use, and those that others use too."""
+    uses = {n: set(n.users) for n in capture.graph.nodes if n.op == "placeholder" and n.name in capture.tensors and not nodes.isdisjoint(n.users)}
+    own, shared = (tuple(capture.tensors[n.name] for n, users in uses.items() if (users <= nodes) is alone) for alone in (True, False))
+    return own, shared
 
 
 def bypassed(blocks: Iterable[Block]) -> dict[fx.Node, fx.Node]:

@@ -9,18 +9,15 @@ from __future__ import annotations
 import traceback
 from collections.abc import Mapping
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.utils._pytree import tree_leaves
 
 from secateur.errors import CaptureError
+from secateur.trace.kept import BORN_LATER, Kept
 
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}  # position of the region among the arguments
 
@@ -44,38 +41,19 @@ class Capture:
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """`model` in eval mode inside, each module's own training flag restored afterwards, and the lists and dicts among its attributes, which
-    torch.export replaces by copies."""
-    flags = [(m, m.training) for m in model.modules()]
-    held = [(vars(m), {k: (v, copy(v)) for k, v in vars(m).items() if isinstance(v, (list, dict, set, tuple))}, set(vars(m))) for m, _ in flags]
+    """`model` in eval mode inside; afterwards its modules are as they were (`Kept`): torch.export replaces lists and dicts by copies, and what a
+    forward remembers of a capture is no number."""
+    modules = list(model.modules())
+    flags, kept = [(m, m.training) for m in modules], [Kept(m) for m in modules if not isinstance(m, BORN_LATER)]
     try:
-        for module, _ in flags:  # not model.eval(): modules made by torch.export refuse it
+        for module in modules:  # not model.eval(): modules made by torch.export refuse it
             module.training = False
         yield model
     finally:
+        for state in kept:
+            state.put_back()
         for module, flag in flags:
             module.training = flag
-        for attributes, containers, names in held:
-            attributes.update({k: v for k, (v, _) in containers.items() if attributes.get(k) is not v})
-            for container, before in containers.values():
-                _refill(container, before)
-            for name in attributes.keys() - names:  # what forward() remembers of a run whose tensors are no numbers
-                if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(attributes[name])):
-                    del attributes[name]
-
-
-def _refill(container: Any, before: Any) -> None:
-    """A list, dict or set with what it held; a forward may keep tensors in it, and in a capture they are no numbers."""
-    if isinstance(container, list):
-        if [*map(id, container)] != [*map(id, before)]:
-            container[:] = before
-    elif isinstance(container, (dict, set)) and not _alike(container, before):
-        container.clear()
-        container.update(before)
-
-
-def _alike(a: Any, b: Any) -> bool:
-    return a == b if isinstance(a, set) else [(k, id(v)) for k, v in a.items()] == [(k, id(v)) for k, v in b.items()]
 
 
 def export(model: nn.Module, args: tuple, kwargs: Mapping | None = None) -> ExportedProgram:

@@ -218,8 +218,8 @@ def _analysed(captured: Capture, model: nn.Module, ignore: Sequence[str], for_cl
 
 
 def _ignored(name: str, block: Block, ignore: Sequence[str]) -> bool:
-    """A block goes with all its tensors, so one ignored tensor keeps it."""
-    return any(fnmatchcase(n, p) for p in ignore for n in (name, *(x for t in block.tensors for x in prefixes(t))))
+    """A block goes with all its tensors, so one ignored tensor keeps it; one that others use too stays, but no longer works in this place."""
+    return any(fnmatchcase(n, p) for p in ignore for n in (name, *(x for t in (*block.tensors, *block.shared) for x in prefixes(t))))
 
 
 def named_by(name: str, ignore: Sequence[str]) -> bool:
