@@ -317,3 +317,41 @@ def test_accuracy_refuses_what_has_none():
         accuracy(nets.net(), Batches(x, y + 10))
     with pytest.raises(DataError, match="no rows"):
         accuracy(nets.net(), [])
+
+
+ODD = """
+import torch
+x, y = torch.ones(4, 8), torch.zeros(4, dtype=torch.int64)
+bad = x.clone()
+bad[1, 2] = float("nan")
+def unlabelled(): return [(x, None)] * 10
+def numbers(): return [[1.0, 2.0], [3.0, 4.0]]
+def words(): return [{"text": "one"}, {"text": "two"}]
+def no_inputs(): return [(None, y), (None, y)]
+def sparse(): return [x.to_sparse()] * 3
+def tested(): return [(x, y)] * 9 + [(bad, y)]
+def tested_in_a_dict(): return [{"x": x, "labels": y}] * 3, [{"x": bad, "labels": y}]
+def untested(): return [(x, y)] * 3, []
+def half_labelled(): return [(x, y)] * 3, [x]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("numbers", r"first batch is of type list of float, without a tensor.*dicts of tensors"),
+        ("words", r"of type dict of str, without a tensor"), ("no_inputs", r"of type tuple of NoneType, without a tensor"),
+        ("sparse", r"layout torch.sparse_coo.*to_dense"), ("tested", "batch 2 of a part holds NaN"),
+        ("tested_in_a_dict", "the first batch holds NaN"),
+        ("untested", "returned no batches"),
+    ],
+)  # fmt: skip
+def test_batches_that_no_model_takes_are_refused(name, said, tmp_path):
+    (tmp_path / "odd.py").write_text(ODD)
+    with pytest.raises(DataError, match=f"(?s){said}"):
+        load_data(f"{tmp_path}/odd.py:{name}")
+
+
+def test_batches_whose_labels_are_none_have_none(tmp_path):
+    (tmp_path / "odd.py").write_text(ODD)
+    assert not load_data(f"{tmp_path}/odd.py:unlabelled").labelled and not load_data(f"{tmp_path}/odd.py:half_labelled").labelled

@@ -11,8 +11,9 @@ from torch import nn
 import secateur as sc
 from secateur.errors import DataError, FormatError, InputError, TrainingError
 from secateur.job import Cast
-from secateur.models.data import Batches, Told
+from secateur.models.data import Batches
 from secateur.models.folder import read, save_trained
+from secateur.models.returned import Told
 from secateur.pack.archive import is_deflated
 from secateur.recover import Training, recover
 from secateur.recover import loss as losses

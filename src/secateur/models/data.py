@@ -12,9 +12,10 @@ from numpy import ascontiguousarray, ndarray
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from secateur.errors import DataError, SecateurError
+from secateur.errors import DataError
 from secateur.measure.run import batch_of
 from secateur.models.names import import_function
+from secateur.models.returned import parts_of
 
 _IMAGE_KEYS = ("images", "image", "x", "inputs")
 _LABEL_KEYS = ("labels", "label", "y", "targets")
@@ -56,31 +57,6 @@ class Data:
         return ((batch[0] if isinstance(batch, (tuple, list)) else batch)[:rows].clone(),), {}
 
 
-@dataclass(frozen=True)
-class Told:
-    """What a user's function returned; whatever it raises while it is gone through comes back as a DataError that names it."""
-
-    name: str
-    items: Any
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __iter__(self) -> Iterator[Any]:
-        given = 0
-        try:
-            for item in self.items:
-                given += 1
-                yield item
-        except SecateurError:
-            raise
-        except Exception as error:  # whatever reading a user's files raises
-            raise DataError(
-                f"--data {self.name} stopped after {given} batches with {type(error).__name__}: {error}.\n"
-                "  Return batches that can be read to their end."
-            ) from error
-
-
 def load_data(spec: str, *, batch_size: int = 128, test_share: float = 0.2, seed: int = 0) -> Data:
     """The data set `spec` names, split into training and test rows by `seed`: the same split every time.
 
@@ -109,7 +85,7 @@ def load_data(spec: str, *, batch_size: int = 128, test_share: float = 0.2, seed
         if isinstance(made, tuple) and len(made) == 2 and all(map(_is_pair, made)):
             return _of_pairs(spec, made, batch_size)
         if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Tensor)):
-            return _from_batches(spec, made)
+            return Data(spec, *parts_of(spec, made))
         inputs, labels = made
     else:
         raise DataError(f"--data {spec!r} is no data set that secateur knows.\n  Write {FORMS}.")
@@ -303,30 +279,6 @@ def _read_images(root: Path, spec: str, classes: Sequence[str]) -> tuple[Tensor,
 
 
 # ---------------------------------------------------------------- checks and split
-def _from_batches(spec: str, made: Any) -> Data:
-    """What a user's function returned, when it is batches: (train, test), or one list, of which the last fifth is for tests. A loader, which
-    may shuffle, and a single batch are both parts at once: `train is test` then."""
-    pair = made if isinstance(made, tuple) and len(made) == 2 else (made,)
-    told = [part if isinstance(part, (list, tuple)) else Told(spec, part) for part in pair if hasattr(part, "__iter__")]
-    parts = [list(part) if isinstance(part, Told) and not hasattr(part.items, "__len__") else part for part in told]
-    if len(pair) == len(parts) == 1:
-        (part,) = parts
-        tests = max(1, len(part) // 5) if isinstance(part, (list, tuple)) and len(part) > 1 else 0
-        parts = [part[:-tests], part[-tests:]] if tests else [part, part]  # type: ignore[index]
-    if len(parts) != 2:
-        raise DataError(f"--data {spec} returned a {type(made).__name__}.\n  Return (inputs, labels), a list of "
-                        "batches such as a DataLoader, or (train batches, test batches).")  # fmt: skip
-    first = next(iter(parts[0]), None)
-    if first is None:
-        raise DataError(f"--data {spec} returned no batches: the data set is empty.\n  Return at least one batch.")
-    labelled = isinstance(first, (tuple, list)) and len(first) == 2
-    tensors = list(first.values()) if isinstance(first, dict) else list(first) if labelled else [first]
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
-            raise DataError(f"--data {spec}: the first batch holds NaN or infinity.\n  Clean the data first.")
-    return Data(spec, parts[0], parts[1], labelled)
-
-
 def _check(spec: str, inputs: Tensor, labels: Tensor | None) -> None:
     if not len(inputs):
         raise DataError(f"--data {spec} is empty: its inputs have shape {tuple(inputs.shape)}.\n  At least two rows.")
