@@ -126,15 +126,15 @@ def networks(data: dict[str, Any]) -> Rows:
 def recovered(rows: list[dict[str, Any]]) -> Rows:
     """benchmarks/results/recover.json: training back; the runs on the smallest network and without the test images are in the file alone."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    keys = ("what", "task", "share", "keep", "epochs", "method", "kind", "lr", "features", "cutmix", "mirror")
+    keys = ("what", "task", "share", "keep", "epochs", "method", "kind", "lr", "features", "cutmix", "mirror", "average")
     for row in rows:
         if row["task"] != "ic_resnet8" and not row.get("held_out"):
             groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
     cut, sparse = [], []
-    for (what, task, share, keep, epochs, method, kind, lr, features, cutmix, mirror), same in groups.items():
+    for (what, task, share, keep, epochs, method, kind, lr, *with_), same in groups.items():
         if what == "cut":
-            rate = (f" at a rate of {lr:g}" if lr else "") + (" with features" if features else "")
-            rate += f" with {' and '.join(['CutMix'] * bool(cutmix) + ['mirror images'] * bool(mirror))}" if cutmix or mirror else ""
+            words = [word for word, given in zip(("features", "CutMix", "mirror images", "mean weights"), with_, strict=True) if given]
+            rate = (f" at a rate of {lr:g}" if lr else "") + (f" with {', '.join(words)}" if words else "")
             before = statistics.fmean(row["without_training"] for row in same)
             name = f"{task} ÷{share:g} by {method.split('/')[0].replace('_', ' ')}, {epochs:g} epochs{rate}"
             cut.append(f"{name}: {before:.2f} -> **{_spread([row['recovered'] for row in same])}**")

@@ -61,9 +61,8 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
     debug: Debug = False,
 ) -> None:
     """Train a pruned model back; its widths and its zeros stay. Goes on after a kill; `torchrun -m secateur recover ...` shares the work."""
-    how = Training(epochs, batch or ROWS, lr, train=train, distil=distil, features=features, ema=ema, precision=precision,
-                   channels_last=channels_last, augment=augment, seed=seed, shard=shard, rank=rank, cutmix=cutmix, mirror=mirror,
-                   average=average)  # fmt: skip
+    how = Training(epochs, batch or ROWS, lr, train=train, distil=distil, features=features, ema=ema, average=average, precision=precision,
+                   channels_last=channels_last, augment=augment, seed=seed, shard=shard, rank=rank, cutmix=cutmix, mirror=mirror)  # fmt: skip
     if data is None:
         raise InputError("recover needs data to train on.\n  Add --data DATA.")
     _meant(shard, teacher, {"--blocks": blocks, "--teacher-weights": teacher_weights, "--features": features, "--mirror": mirror})
@@ -73,8 +72,7 @@ def recover(  # noqa: PLR0913  # a command's parameters are its options
         assert held is not None
         say("load")
         saved, model, dense = _loaded(folder, factory, (teacher, teacher_weights), place(device))
-        if not held.labelled and dense is None:
-            raise DataError(f"--data {data} has no labels.\n  Add --teacher MODEL, whose outputs are learned then, or data with labels.")
+        _learnable(data, held.labelled, dense)
         how = how if isinstance(held.train, Batches) else _as_they_come(how, batch)
         work = Work(saved, model, dense, held, how, to)
         say("accuracy")
@@ -92,6 +90,11 @@ def _meant(shard: bool, teacher: str | None, of_a_teacher: Mapping[str, Any]) ->
         raise InputError(f"{lonely[0]} without a dense model, which is what is learned from.\n  Add --teacher MODEL.")
     if shard and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise InputError("--shard spreads the weights over processes, and there is one.\n  Start it by torchrun, or leave --shard out.")
+
+
+def _learnable(data: str, labelled: bool, dense: nn.Module | None) -> None:
+    if not labelled and dense is None:
+        raise DataError(f"--data {data} has no labels.\n  Add --teacher MODEL, whose outputs are learned then, or data with labels.")
 
 
 def _target(folder: str, out: str | None) -> Path:

@@ -1282,8 +1282,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         'the mean weights keep the batch-norm statistics of the last ones',
         'secateur/recover/average.py',
-        'if not self.weights or not self.how.average:',
-        'if self.weights or not self.how.average:',
+        'if self.weights and self.how.average:',
+        'if False:',
         ('tests/recover/test_average.py',),
     ),
     Mutant(
@@ -1324,8 +1324,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         'what a batch holds next is a flag of the call',
         'secateur/calibrate/batches.py',
-        'theirs = bool(given) and (',
-        'theirs = bool(given) or (',
+        'all(type(v) is type(a) for v, a, flag',
+        'all(True for v, a, flag',
         ('tests/calibrate/test_flags.py',),
     ),
     Mutant(
@@ -1382,6 +1382,55 @@ MUTANTS: list[Mutant] = [
         'secateur/models/returned.py',
         'seen = part if isinstance(part, (list, tuple)) else islice(part, 1)',
         'seen = islice(part, 1)',
+        ('tests/models/test_data.py',),
+    ),
+    Mutant(
+        'statistics of the mean weights are those of images as they are',
+        'secateur/recover/average.py',
+        'yield shown(args, labels, self.how, (step, 0))[0], kwargs',
+        'yield args, kwargs',
+        ('tests/recover/test_average.py',),
+    ),
+    Mutant(
+        'statistics of sorted data are those of its beginning',
+        'secateur/recover/average.py',
+        'max(1, order.steps // BATCHES)',
+        '1',
+        ('tests/recover/test_average.py',),
+    ),
+    Mutant(
+        'the mean is kept in half precision',
+        'secateur/recover/average.py',
+        'p.to(torch.promote_types(p.dtype, torch.float32), copy=True)',
+        'p.clone()',
+        ('tests/recover/test_average.py',),
+    ),
+    Mutant(
+        'a failure at the end leaves the mean weights with other statistics',
+        'secateur/recover/average.py',
+        '            self._written(before)\n            raise',
+        '            raise',
+        ('tests/recover/test_average.py',),
+    ),
+    Mutant(
+        'tensors of an attribute are put back with their history',
+        'secateur/trace/kept.py',
+        'self.plain = {k: v for k, v in held.items() if isinstance(v, _SIMPLE)',
+        'self.plain = {k: v for k, v in held.items() if isinstance(v, (*_SIMPLE, Tensor))',
+        ('tests/trace/test_kept.py',),
+    ),
+    Mutant(
+        'layers put in during a look are taken out',
+        'secateur/trace/kept.py',
+        '(whole or k not in _STRUCTURE)',
+        'True',
+        ('tests/trace/test_kept.py',),
+    ),
+    Mutant(
+        'a mask beside the inputs is refused',
+        'secateur/models/returned.py',
+        'if masks and tensor is not first else',
+        'if False else',
         ('tests/models/test_data.py',),
     ),
     Mutant(

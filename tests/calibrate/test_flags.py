@@ -9,6 +9,7 @@ from torch import nn
 import secateur as sc
 from secateur.calibrate import batches
 from secateur.calibrate.batches import read
+from secateur.errors import DataError
 
 
 class Turned(nn.Module):
@@ -75,6 +76,26 @@ def test_rows_with_other_flags_than_the_first_are_left_out():
     assert any("64 rows" in note for note in result.notes), result.notes
     for a, b in zip(result.model.state_dict().values(), alone.model.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_only_what_is_like_the_flag_is_taken_for_it():
+    (x, y), words = rows(1)[0], ["a"] * 32
+    for item in ((x, words, y), (x, [1, 0]), (x, 1, y)):
+        ((args, _),) = batches([item], (x, True))
+        assert args == (x, True)
+    ((args, _),) = batches([(x, False, y)], (x, True))
+    assert args == (x, False)
+    mask = torch.ones(32)
+    ((args, _),) = batches([(x, mask, y)], (x, None))
+    assert args == (x, mask)
+    (found,) = read([(x, mask, y)], (x, None))
+    assert torch.equal(found.labels, y)
+
+
+def test_a_flag_by_place_cannot_be_said_by_a_dict():
+    with pytest.raises(DataError, match=r"True as input 2 by place(.|\n)*kwargs="):
+        [*batches([{"x": X}], (X, True))]
+    assert [*batches([{"x": X}], (X, None))] == [((), {"x": X})]
 
 
 def test_calls_without_flags_are_as_they_were():

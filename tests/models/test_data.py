@@ -324,7 +324,13 @@ import torch
 x, y = torch.ones(4, 8), torch.zeros(4, dtype=torch.int64)
 bad = x.clone()
 bad[1, 2] = float("nan")
+from collections import UserDict
+mask = torch.full((4, 4), -float("inf")).triu(1)
 def unlabelled(): return [(x, None)] * 10
+def like_a_tokenizer(): return [UserDict(x=x, labels=y)] * 3
+def masked(): return [(x, mask, y)] * 3
+def badly_masked(): return [(x, mask * 0, y)] * 3
+def infinite(): return [(x / 0, mask, y)] * 3
 def numbers(): return [[1.0, 2.0], [3.0, 4.0]]
 def words(): return [{"text": "one"}, {"text": "two"}]
 def no_inputs(): return [(None, y), (None, y)]
@@ -343,7 +349,7 @@ def half_labelled(): return [(x, y)] * 3, [x]
         ("words", r"of type dict of str, without a tensor"), ("no_inputs", r"of type tuple of NoneType, without a tensor"),
         ("sparse", r"layout torch.sparse_coo.*to_dense"), ("tested", "batch 2 of a part holds NaN"),
         ("tested_in_a_dict", "the first batch holds NaN"),
-        ("untested", "returned no batches"),
+        ("untested", "returned no batches"), ("badly_masked", "holds NaN"), ("infinite", "holds NaN or infinity"),
     ],
 )  # fmt: skip
 def test_batches_that_no_model_takes_are_refused(name, said, tmp_path):
@@ -354,4 +360,6 @@ def test_batches_that_no_model_takes_are_refused(name, said, tmp_path):
 
 def test_batches_whose_labels_are_none_have_none(tmp_path):
     (tmp_path / "odd.py").write_text(ODD)
+    for name in ("like_a_tokenizer", "masked"):
+        assert len(list(load_data(f"{tmp_path}/odd.py:{name}").train)) == 2
     assert not load_data(f"{tmp_path}/odd.py:unlabelled").labelled and not load_data(f"{tmp_path}/odd.py:half_labelled").labelled

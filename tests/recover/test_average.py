@@ -12,7 +12,10 @@ import secateur as sc
 from secateur.errors import DataError, InputError
 from secateur.models.data import Batches
 from secateur.recover import Training, recover
+from secateur.recover.average import Average
 from secateur.recover.checkpoint import FILE
+from secateur.recover.images import shown
+from secateur.recover.order import Order
 from tests.recover.test_recover import check_through, masked, net, rows
 
 HOW = Training(epochs=4, average=0.5, lr=0.05)
@@ -54,6 +57,44 @@ def test_the_statistics_are_those_of_the_mean_weights():
     torch.testing.assert_close(done.model.norm.running_mean, found.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(done.model.norm.running_var, torch.stack([p.var((0, 2, 3)) for p in parts]).mean(0), rtol=0.02, atol=1e-5)
     assert int(done.model.norm.num_batches_tracked) == STEPS  # estimated at rest: nothing else was moved
+
+
+def test_the_statistics_are_those_of_images_as_they_are_shown():
+    how = replace(HOW, augment="flip_crop", cutmix=1.0, seed=3)
+    done = recover(net(), rows(96), how)
+    seen = []
+    for step, batch in enumerate(Order(rows(96), None, 3).epoch(0)):
+        (x,), _ = shown((batch[0],), batch[1], how, (step, 0))
+        assert not torch.equal(x, batch[0])
+        with torch.no_grad():
+            seen.append(done.model.conv(x))
+    torch.testing.assert_close(done.model.norm.running_mean, torch.cat(seen).mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_data_in_an_order_of_its_own_are_from_all_over_it():
+    """200 batches, sorted: the first 64 are not like the rest."""
+    data = [(torch.full((4, 1, 8, 8), n / 20) + 0.1 * torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)) for n in range(200)]
+    done = recover(net(), data, Training(epochs=0.05, average=0.2, lr=1e-4))
+    with torch.no_grad():
+        wanted = done.model.conv(torch.cat([x for x, _ in data])).mean((0, 2, 3))
+    assert float((done.model.norm.running_mean - wanted).abs().max()) < 0.15 * float(wanted.abs().max())
+
+
+def test_frozen_weights_are_left_alone_and_half_precision_does_not_lose_the_mean():
+    model = net()
+    model.conv.weight.requires_grad_(False)
+    model.conv.weight.data[0, 0, 0, 0] = -float("inf")
+    model.extra = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    Average(model, HOW, 4).add(3)
+    half, exact = nn.Linear(4, 4).bfloat16(), 0.0
+    mean = Average(half, Training(average=1.0), 1000)
+    torch.manual_seed(0)
+    for step in range(1000):
+        half.weight.data.copy_(1 + 0.5 * torch.randn(4, 4))
+        mean.add(step)
+        exact = exact + half.weight.detach().double() / 1000
+    torch.testing.assert_close(mean.weights["weight"].double(), exact, rtol=1e-4, atol=1e-4)
+    assert set(Average(model, HOW, 4).weights) == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
 def test_a_captured_graph_has_such_statistics_too():
@@ -119,9 +160,13 @@ def test_steps_are_not_lost_where_the_data_fails_at_the_end(tmp_path):
                 raise OSError("the disk is gone")
             return iter(rows())
 
-    with pytest.raises(DataError, match="the disk is gone"):
-        recover(net(), Failing(), HOW, folder=tmp_path)
-    assert torch.load(tmp_path / FILE, weights_only=True)["step"] == STEPS
+    for folder in (tmp_path, None):
+        model = net()
+        with pytest.raises(DataError, match="the disk is gone"):
+            recover(model, Failing(), HOW, folder=folder)
+        held = torch.load(tmp_path / FILE, weights_only=True)
+        assert held["step"] == STEPS
+        assert all(torch.equal(p, held["model"][n]) for n, p in model.state_dict().items())  # the last weights, not the mean
     steps = []
     after = recover(net(), list(rows()), HOW, folder=tmp_path, progress=lambda *a: steps.append(a))
     whole = recover(net(), list(rows()), HOW)

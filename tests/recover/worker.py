@@ -1,6 +1,7 @@
 """One training run in this process, which may be one of several that torchrun started: `python worker.py KIND FOLDER OUT EPOCHS STEPS`.
 
-FOLDER may hold RANK, for a disk of its own. KIND is copies, shard or lora for `recover`, ignored where not all labels count, taught where a teacher
+FOLDER may hold RANK, for a disk of its own. KIND is copies, shard or lora for `recover`, with an average of the weights (MEAN),
+ignored where not all labels count, taught where a teacher
 has a say on them besides; or a kind of schedule in a loop of its own, the weights spread over the processes.
 """
 
@@ -14,11 +15,13 @@ from torch import nn
 
 import secateur as sc
 from secateur.models.data import Batches
+from secateur.models.quality import accuracy
 from secateur.recover import Gradual, Schedule, Training, recover
 from secateur.recover.checkpoint import full, state_of
 from secateur.recover.order import part_of
 
 SOME = ("ignored", "taught")
+MEAN = {"mean": {"average": 0.5}, "shard-mean": {"average": 0.5}, "shard-ema": {"ema": 0.8}}
 
 
 class Block(nn.Module):
@@ -103,23 +106,27 @@ def scheduled(kind, out, epochs):
 def main(kind, folder, out, epochs, steps):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if kind not in ("copies", "shard", "lora", *SOME):
+    if kind not in ("copies", "shard", "lora", *SOME, *MEAN):
         return scheduled(kind, out, epochs)
     data = some_ignored() if kind in SOME else rows()
     teacher = Mixer().eval() if kind == "taught" else None
     result = sc.sparsify(Mixer().eval(), (data.inputs[:2],), sc.Sparse(keep="40%", by="magnitude", refit=False))
-    how = Training(epochs=float(epochs), optimizer="adamw", lr=0.01, shard=kind == "shard", every=0.0, train="lora" if kind == "lora" else "all",
-                   batch=8 if kind in SOME else 32)  # fmt: skip
+    how = Training(epochs=float(epochs), optimizer="adamw", lr=0.01, shard=kind.startswith("shard"), every=0.0, **MEAN.get(kind, {}),
+                   train="lora" if kind == "lora" else "all", batch=8 if kind in SOME else 32)  # fmt: skip
 
     def progress(step, total, loss):
         if step == int(steps):
             raise Stop
 
     try:
-        done = recover(result.model, data, how, plan=result.plan, teacher=teacher, progress=progress,
+        valid = data if kind in MEAN else None
+        done = recover(result.model, data, how, plan=result.plan, teacher=teacher, valid=valid, progress=progress,
                        folder=folder.replace("RANK", os.environ.get("RANK", "0")))  # fmt: skip
     except Stop:
         return
+    if kind in MEAN:  # what was measured is what comes back, and a look leaves it as it is
+        found = {accuracy(done.model, data) for _ in range(2)} | {done.history[-1]["valid"]}
+        assert len(found) == 1, found
     state = state_of(done.model)
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save({"state": state, "loss": done.history[-1]["loss"], "plan": dict(result.plan.weights)}, Path(out))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 
 import secateur as sc
 from secateur.measure.run import at_rest
@@ -30,12 +31,10 @@ class Remembering(nn.Module):
             self.table["factor"] = self.steps[0]
             self.names.add("ready")
             self.first.register_forward_hook(told)
-            self.spare = nn.Identity()
             self.late = "here"
             self.ready = True
         self.calls = self.calls + 1
         self.seen.add_(1)
-        self.shown = x.detach() * 2
         return self.last(torch.relu(self.first(x)) * self.table["factor"])
 
 
@@ -88,3 +87,36 @@ def test_it_is_as_before_also_where_the_look_fails():
         with pytest.raises(RuntimeError), around(model):
             model(X[:, :3])
         assert all_of(model)[0] == before
+
+
+def test_layers_that_keep_their_weight_beside_the_parameters_are_still_cut_as_what_they_are():
+    """Old-style weight norm and torch's own pruning leave a tensor among the attributes at every call; one that has a history cannot be copied."""
+    for name, around in {"norm": nn.utils.weight_norm, "mask": lambda m: torch_prune.l1_unstructured(m, "weight", 0.2)}.items():
+        for warm in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(around(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)).eval()
+            if warm:
+                model(X)
+            for data in (None, [X, X]):
+                result = sc.prune(model, (X,), sc.Params("60%"), data=data)
+                assert result.cut.how == "attributes" and result.proof.passed, (name, warm)
+
+
+def test_containers_that_take_no_change_are_left_alone():
+    class Fixed(dict):
+        def update(self, *args, **kwargs):
+            raise RuntimeError("not here")
+
+    model = Remembering()
+    model.fixed = Fixed(a=1)
+    model.register_forward_hook(lambda module, args, output: module.fixed.__setitem__("b", 2))
+    for around in (at_rest, evaluating):
+        called(around, model)
+        assert model.training and not model.ready and model.steps == []
+
+
+def test_a_layer_put_in_while_looking_stays():
+    model = Remembering()
+    with at_rest(model):
+        model.last = nn.Identity()
+    assert isinstance(model.last, nn.Identity)

@@ -139,7 +139,7 @@ class _Search:
         how = How("obs", "curves", "least_squares", self.source.seed, False, None, Cast(model, train), self.source.ignore)
         work = begin(model, args, kwargs, how, self.say)
         self.say(f"dense model on {settings.held_out} held-out rows")
-        held = HeldOut(model, Cast(model, test), self.data.labelled, gives_scores(work.graph), lambda batch: next(batches([batch], args)))
+        held = HeldOut(model, Cast(model, test), self.data.labelled, gives_scores(work.graph), lambda batch: next(batches([batch], args, kwargs)))
         key = store.key(self.loaded, (self.source, settings), (self.inputs, train, test))
         known = store.rows(self.out, key)
         with Bench(model, timed_inputs(self.inputs, settings.batch), settings.threads, runtimes(settings.runtimes)) as bench:

@@ -96,18 +96,23 @@ def _inputs(item: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, d
     if isinstance(item, torch.Tensor):
         item = (item,)
     if isinstance(item, Mapping):
+        unnamed = [n for n, a in enumerate(args) if a is not None and not _holds_tensor(a)]
+        if unnamed:
+            raise DataError(f"the traced call has {args[unnamed[0]]!r} as input {unnamed[0] + 1} by place, which a batch that is a dict cannot say.\n"
+                            "  Pass it by name in the example inputs (kwargs=), or give batches as tuples.")  # fmt: skip
         return (), {**flags, **item}, 0
     if isinstance(item, (tuple, list)) and item:
-        if all(_holds_tensor(a) for a in args):
-            return tuple(item[: max(1, len(args))]), flags, min(len(item), max(1, len(args)))
+        named = [a is not None and not _holds_tensor(a) for a in args]
+        if (len(item) >= len(args) and all(type(v) is type(a) for v, a, flag in zip(item, args, named, strict=False) if flag)) or not any(named):
+            used = min(len(item), max(1, len(args)))
+            return tuple(item[:used]), flags, used
         found, used = list[Any](), 0
-        for example in args:
-            given = item[used : used + 1]
-            theirs = bool(given) and (_holds_tensor(example) or not _holds_tensor(given[0]))
-            if not given and _holds_tensor(example):
-                break
-            found.append(given[0] if theirs else example)
-            used += theirs
+        for example in args:  # the flags are not in the batch
+            if not _holds_tensor(example):
+                found.append(example)
+            elif used < len(item):
+                found.append(item[used])
+                used += 1
         return tuple(found), flags, used
     raise DataError(f"a batch is a {type(item).__name__}.\n  Give tensors, (inputs, labels) tuples, or dicts of keyword inputs.")
 

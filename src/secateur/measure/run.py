@@ -34,10 +34,10 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for state in kept:
-            state.put_back()
         for module, training in flags:
             module.training = training
+        for state in kept:
+            state.put_back()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -73,14 +73,17 @@ def _looked_at(spec: str, which: str, batch: Any) -> bool:
         DataError: it is not what a model takes.
     """
     labelled = isinstance(batch, (tuple, list)) and len(batch) == 2
-    inputs = list(batch.values()) if isinstance(batch, dict) else [batch[0] if labelled else batch]
+    inputs = list(batch.values()) if isinstance(batch, Mapping) else [batch[0] if labelled else batch]
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
-        kind = f"{type(batch).__name__} of {type(inputs[0]).__name__}" if isinstance(batch, (dict, tuple, list)) and inputs else type(batch).__name__
-        raise DataError(f"--data {spec}: {which} is of type {kind}, without a tensor of inputs.\n"
+        of = f" of {type(inputs[0]).__name__}" if isinstance(batch, (Mapping, tuple, list)) and inputs else ""
+        raise DataError(f"--data {spec}: {which} is of type {type(batch).__name__}{of}, without a tensor of inputs.\n"
                         "  Return batches that are tensors, (inputs, labels), or dicts of tensors.")  # fmt: skip
-    for tensor in (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)):
+    tensors = [leaf for leaf in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch) if isinstance(leaf, Tensor)]
+    masks, first = not labelled, tensors[0]
+    for tensor in tensors:
         if tensor.layout != torch.strided:
             raise DataError(f"--data {spec}: {which} holds a tensor of layout {tensor.layout}.\n  Return dense tensors: .to_dense().")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        fine = ~tensor.isnan() if masks and tensor is not first else tensor.isfinite()  # beside the inputs there may be masks of -inf
+        if tensor.is_floating_point() and not fine.all():
             raise DataError(f"--data {spec}: {which} holds NaN or infinity.\n  Clean the data first.")
     return labelled and batch[1] is not None

@@ -42,7 +42,7 @@ class Training:
         features: weight of the squared distance between inner outputs of the same name and shape (Romero et al. 2015).
         ema: decay of a moving average of the weights, which is then what comes back; None: no average.
         average: share of the steps, the last ones, whose mean weights come back, with statistics of batch norms estimated for them. The rate falls to
-            half until then, and stays there (stochastic weight averaging, Izmailov et al. 2018).
+            half until then, and stays there (stochastic weight averaging, Izmailov et al. 2018). Of "lora" the mean of the factors.
         precision: "float32" or "bfloat16" (autocast; weights stay float32).
         channels_last: the layout of images while training.
         clip: largest norm of the gradient.

@@ -133,12 +133,12 @@ def _with_blocks(graph: Graph, plan: Plan) -> list[str]:
     names = sorted(graph.unused_tensors(plan.keep) & graph.tensors.keys() - {t for b in gone for t in b.tensors})
     ignored = [n for n in names if named_by(n, graph.ignored)]
     if ignored:
-        raise CutError(f"{ignored[0]!r}, which ignore= names, would be read by nothing: {len(gone)} blocks that read it go, among them "
+        raise CutError(f"{ignored[0]!r}, which ignore= names, would be read by nothing: the blocks that read it go ({len(gone)} in all), such as "
                        f"{gone[0].name!r}.\n  Nothing was changed. Add one of these blocks to ignore=.")  # fmt: skip
     if not names:
         return []
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return [f"with the {len(gone)} blocks goes what only they read together: {', '.join(names[:4])}{more}"]
+    return [f"with the blocks that go ({len(gone)}) goes what only they read: {', '.join(names[:4])}{more}"]
 
 
 def _unread(graph: Graph) -> list[str]:

@@ -113,7 +113,7 @@ def _aliased(node: fx.Node) -> list:
 
 def _tensors(capture: Capture, nodes: set[fx.Node]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The parameters that only these ops use, and those that others use too."""
-    uses = {n: set(n.users) for n in capture.graph.nodes if n.op == "placeholder" and n.name in capture.tensors and not nodes.isdisjoint(n.users)}
+    uses = {n: _users([n]) for n in capture.graph.nodes if n.op == "placeholder" and n.name in capture.tensors and not nodes.isdisjoint(n.users)}
     own, shared = (tuple(capture.tensors[n.name] for n, users in uses.items() if (users <= nodes) is alone) for alone in (True, False))
     return own, shared
 

@@ -44,16 +44,16 @@ def evaluating(model: nn.Module):
     """`model` in eval mode inside; afterwards its modules are as they were (`Kept`): torch.export replaces lists and dicts by copies, and what a
     forward remembers of a capture is no number."""
     modules = list(model.modules())
-    flags, kept = [(m, m.training) for m in modules], [Kept(m) for m in modules if not isinstance(m, BORN_LATER)]
+    flags, kept = [(m, m.training) for m in modules], [Kept(m, whole=True) for m in modules if not isinstance(m, BORN_LATER)]
     try:
         for module in modules:  # not model.eval(): modules made by torch.export refuse it
             module.training = False
         yield model
     finally:
-        for state in kept:
-            state.put_back()
         for module, flag in flags:
             module.training = flag
+        for state in kept:
+            state.put_back()
 
 
 def export(model: nn.Module, args: tuple, kwargs: Mapping | None = None) -> ExportedProgram:

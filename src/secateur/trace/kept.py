@@ -2,46 +2,67 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict, defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 BORN_LATER = (torch.jit.ScriptModule, LazyModuleMixin)  # state out of Python's sight; sizes that the first call sets
+_SIMPLE = (bool, int, float, complex, str, type(None))
+_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, Counter)  # others may not take a change
+_STRUCTURE = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()
 
 
 class Kept:
-    """Attributes of one module, what its lists, dicts and sets hold (hooks and sub-modules too), and the values of its buffers. All of it or none:
-    a flag that says that a list is filled goes with the list."""
+    """Numbers, words and flags among the attributes of a module, what its lists, dicts and sets hold (hooks too), and the values of its buffers.
+    All of it or none: a flag that says that a list is filled goes with the list. Tensors and modules among the attributes stay what they are now:
+    norms of weights leave theirs there, spread weights are gathered, a caller may have put one layer in the place of another. What lies deeper, such
+    as a list in a list, is not seen.
 
-    def __init__(self, module: nn.Module):
+    Args:
+        whole: parameters, buffers and sub-modules are those of before too, as after a capture, in which a forward made them of no numbers.
+    """
+
+    def __init__(self, module: nn.Module, whole: bool = False):
         self.module = module
         with torch.no_grad(), _disable_current_modes():
-            self.buffers = [(b, *_copy(b)) for b in module._buffers.values() if b is not None and not b.is_inference()]
+            self.buffers = {k: (b, None if b.is_inference() else _copy(b)) for k, b in module._buffers.items() if b is not None}
             written = module._parameters if getattr(module, "max_norm", None) is not None else {}  # an embedding shortens what it looks up
             self.written = [(p, *_copy(p)) for p in written.values() if p is not None and not p.is_inference()]
-        self.attributes = dict(vars(module))
-        self.contents = [(v, kind(v)) for v in self.attributes.values() for kind in (list, dict, set) if isinstance(v, kind)]
+        held = vars(module)
+        self.names = set(held)
+        self.plain = {k: v for k, v in held.items() if isinstance(v, _SIMPLE) or (type(v) in _CONTAINERS and (whole or k not in _STRUCTURE))}
+        self.contents = [(v, v.copy()) for v in self.plain.values() if type(v) in _CONTAINERS]
 
     def put_back(self) -> None:
         held = vars(self.module)
-        for name in held.keys() - self.attributes.keys():
+        for name in [k for k in held.keys() - self.names if _is_plain(held[k])]:
             del held[name]
-        for name, value in self.attributes.items():
+        for name, value in self.plain.items():
             if held.get(name, _ABSENT) is not value:
                 held[name] = value
         for container, contents in self.contents:
             _refill(container, contents)
         with torch.no_grad(), _disable_current_modes():
-            for buffer, values, version in self.buffers:
-                if buffer._version != version or not _same(buffer, values):
-                    buffer.copy_(values)
+            for name, (buffer, copy) in self.buffers.items():
+                if self.module._buffers.get(name) is not buffer:
+                    self.module._buffers[name] = buffer
+                if copy and (buffer._version != copy[1] or not _same(buffer, copy[0])):
+                    buffer.copy_(copy[0])
             for parameter, values, version in self.written:
                 if parameter._version != version:
                     parameter.copy_(values)
+
+
+def _is_plain(value: Any) -> bool:
+    """A number, a word, a flag, a container, or tensors that are no numbers: what a forward remembers of a run that is to leave nothing."""
+    return isinstance(value, _SIMPLE) or type(value) in _CONTAINERS or any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(value))
 
 
 def _copy(tensor: Tensor) -> tuple[Tensor, int]:
