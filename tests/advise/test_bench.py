@@ -11,10 +11,11 @@ class Watched(nn.Module):
     def __init__(self, modes):
         super().__init__()
         torch.manual_seed(0)
-        self.layer, self.norm, self.modes = nn.Linear(64, 64), nn.BatchNorm1d(64), modes
+        self.layer, self.norm = nn.Linear(64, 64), nn.BatchNorm1d(64)
+        self.told = modes.add  # a set among the attributes would be as before after a look
 
     def forward(self, x):
-        self.modes.add(self.training)
+        self.told(self.training)
         return self.norm(self.layer(x))
 
 
