@@ -108,7 +108,11 @@ def test_a_captured_graph_has_such_statistics_too():
 
 
 def test_it_is_what_is_measured_and_the_training_goes_on_as_it_was():
-    valid = rows(40, seed=1)
+    valid, means = rows(40, seed=1), ([], [])
+    for seen, looked in zip(means, (valid, None), strict=True):
+        model = net()
+        recover(model, rows(), HOW, valid=looked, progress=lambda *_, m=model, s=seen: s.append(m.norm.running_mean.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*means, strict=True)) and not torch.equal(means[0][-1], means[0][-2])
     seen, done = followed(HOW, net(), valid=valid)
     alone, _ = followed(HOW, net())
     assert all(torch.equal(a, b) for ours, theirs in zip(seen, alone, strict=True) for a, b in zip(ours, theirs, strict=True))
