@@ -329,6 +329,7 @@ mask = torch.full((4, 4), -float("inf")).triu(1)
 def unlabelled(): return [(x, None)] * 10
 def like_a_tokenizer(): return [UserDict(x=x, labels=y)] * 3
 def masked(): return [(x, mask, y)] * 3
+def masked_dicts(): return [{"x": x, "mask": mask}] * 3
 def badly_masked(): return [(x, mask * 0, y)] * 3
 def infinite(): return [(x / 0, mask, y)] * 3
 def numbers(): return [[1.0, 2.0], [3.0, 4.0]]
@@ -349,7 +350,8 @@ def half_labelled(): return [(x, y)] * 3, [x]
         ("words", r"of type dict of str, without a tensor"), ("no_inputs", r"of type tuple of NoneType, without a tensor"),
         ("sparse", r"layout torch.sparse_coo.*to_dense"), ("tested", "batch 2 of a part holds NaN"),
         ("tested_in_a_dict", "the first batch holds NaN"),
-        ("untested", "returned no batches"), ("badly_masked", "holds NaN"), ("infinite", "holds NaN or infinity"),
+        ("untested", "returned no batches"), ("badly_masked", "holds NaN"),
+        ("masked_dicts", "holds NaN or inf"), ("infinite", "holds NaN or infinity"),
     ],
 )  # fmt: skip
 def test_batches_that_no_model_takes_are_refused(name, said, tmp_path):

@@ -157,3 +157,17 @@ def test_without_labels_nearness_to_the_dense_model_decides():
 def test_settings_that_no_tool_has_are_refused(how):
     with pytest.raises(InputError):
         how.check()
+
+
+CALLED = (torch.arange(12.0).view(6, 2), torch.arange(6))
+
+
+@pytest.mark.parametrize("call, data", [
+    (((CALLED[0],), {"turned": True}), [CALLED]), (((CALLED[0], True), {}), [CALLED]), (((), {"x": CALLED[0], "turned": True}), [{"x": CALLED[0]}]),
+])  # fmt: skip
+def test_a_flag_of_the_example_is_in_every_call_and_rows_can_be_read_again(call, data):
+    found = parts(data, call, 4, whole=False, at_most=None)
+    (again,) = parts([found[0].given], call, 2, whole=False, at_most=2)
+    for part, rows in zip((*found, again), (slice(0, 4), slice(4, 6), slice(0, 2)), strict=True):
+        x, turned = (*part.call[0], *part.call[1].values())
+        assert turned is True and torch.equal(x, CALLED[0][rows])

@@ -194,3 +194,25 @@ def test_one_average_at_a_time():
         Training(average=1.5)
     assert "average" not in Training().to_json() and Training(average=0.5).to_json()["average"] == 0.5
     assert sc.Training is Training
+
+
+def test_whatever_ends_the_statistics_leaves_the_last_weights():
+    class Killed(BaseException):
+        pass
+
+    class Ending:
+        asked = 0
+
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            self.asked += 1
+            if self.asked == 6:
+                raise Killed
+            return iter(rows())
+
+    model, seen = net(), []
+    with pytest.raises(Killed):
+        recover(model, Ending(), HOW, progress=lambda *_: seen.append({n: t.clone() for n, t in model.state_dict().items()}))
+    assert len(seen) == STEPS and all(torch.equal(t, seen[-1][n]) for n, t in model.state_dict().items())

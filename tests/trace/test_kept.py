@@ -115,6 +115,54 @@ def test_containers_that_take_no_change_are_left_alone():
         assert model.training and not model.ready and model.steps == []
 
 
+class Stateful(nn.Module):
+    """A state in a tuple, a cache of a class of its own, and a layer that is made at the first call."""
+
+    class Cache(dict):
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.state, self.cache, self.late = nn.Linear(6, 3), (0, None), self.Cache(), None
+
+    def forward(self, x):
+        if self.late is None:
+            torch.manual_seed(1)
+            self.late = nn.Linear(3, 3)
+        x = self.first(x)
+        self.state = (1, x.detach())
+        self.cache["x"] = x
+        return self.late(x)
+
+
+@pytest.mark.parametrize("around", [at_rest, evaluating])
+def test_states_in_tuples_and_caches_of_a_class_of_their_own_are_put_back(around):
+    model = Stateful()
+    model(X)
+    model.state, model.cache = (0, None), Stateful.Cache(a=1)
+    state, cache = model.state, model.cache
+    with around(model):
+        model(X)
+    assert model.state is state and model.cache is cache and cache == {"a": 1}
+    trace(model, (X,))
+    assert model.state is state and model.cache is cache and cache == {"a": 1}
+
+
+def test_a_layer_that_a_look_makes_is_not_hidden_by_the_none_it_was():
+    model = Stateful()
+    with at_rest(model):
+        model(X)
+    made = model.late
+    assert isinstance(made, nn.Linear) and "late" not in vars(model)
+    with at_rest(model):
+        model(X)
+    assert model.late is made
+    model = Stateful()
+    with evaluating(model):
+        model(X)
+    assert model.late is None and "late" not in model._modules
+
+
 def test_a_layer_put_in_while_looking_stays():
     model = Remembering()
     with at_rest(model):

@@ -100,7 +100,7 @@ def _inputs(item: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, d
         if unnamed:
             raise DataError(f"the traced call has {args[unnamed[0]]!r} as input {unnamed[0] + 1} by place, which a batch that is a dict cannot say.\n"
                             "  Pass it by name in the example inputs (kwargs=), or give batches as tuples.")  # fmt: skip
-        return (), {**flags, **item}, 0
+        return (), {**item, **{k: v for k, v in flags.items() if k not in item}}, 0
     if isinstance(item, (tuple, list)) and item:
         named = [a is not None and not _holds_tensor(a) for a in args]
         if (len(item) >= len(args) and all(type(v) is type(a) for v, a, flag in zip(item, args, named, strict=False) if flag)) or not any(named):

@@ -79,11 +79,11 @@ def _looked_at(spec: str, which: str, batch: Any) -> bool:
         raise DataError(f"--data {spec}: {which} is of type {type(batch).__name__}{of}, without a tensor of inputs.\n"
                         "  Return batches that are tensors, (inputs, labels), or dicts of tensors.")  # fmt: skip
     tensors = [leaf for leaf in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch) if isinstance(leaf, Tensor)]
-    masks, first = not labelled, tensors[0]
+    masked = isinstance(batch, (tuple, list)) and not labelled  # beside the inputs there may be masks of -inf
     for tensor in tensors:
         if tensor.layout != torch.strided:
             raise DataError(f"--data {spec}: {which} holds a tensor of layout {tensor.layout}.\n  Return dense tensors: .to_dense().")
-        fine = ~tensor.isnan() if masks and tensor is not first else tensor.isfinite()  # beside the inputs there may be masks of -inf
+        fine = ~tensor.isnan() if masked and tensor is not tensors[0] else tensor.isfinite()
         if tensor.is_floating_point() and not fine.all():
             raise DataError(f"--data {spec}: {which} holds NaN or infinity.\n  Clean the data first.")
     return labelled and batch[1] is not None

@@ -22,7 +22,8 @@ from secateur.models import quality
 
 @dataclass(frozen=True)
 class Part:
-    """A few rows: the call, their labels where there are any, and both as the data set would give them."""
+    """A few rows: the call, their labels where there are any, and the inputs as the data set would give them: what it does not say, such as a flag,
+    is in the example call."""
 
     call: Call
     labels: Tensor | None
@@ -30,7 +31,7 @@ class Part:
     @property
     def given(self) -> Any:
         args, kwargs = self.call
-        return dict(kwargs) if kwargs else args
+        return args or dict(kwargs)
 
 
 def parts(data: Iterable[Any], call: Call, size: int | None, *, whole: bool, at_most: int | None) -> list[Part]:

@@ -57,9 +57,11 @@ class Average:
             if self.weights and self.how.average:
                 with mode.rest():
                     batch_norm_statistics(self.model, self._shown(order))
-                _spread(self.model)
-        except DataError as error:
+                _reshard(self.model)
+        except BaseException as error:
             self._written(before)
+            if not isinstance(error, DataError):
+                raise
             raise DataError(f"The mean weights got no statistics of batch norms: {first_line(error)}\n"
                             "  The model has the weights of the last step, as has the checkpoint where there is a folder: the same call goes on "
                             "from there.") from error  # fmt: skip
@@ -84,13 +86,13 @@ class Average:
 
     def _copies(self) -> dict[str, Tensor]:
         """Of all that `put` writes."""
-        _spread(self.model)
+        _reshard(self.model)
         held = {n: self.model.get_parameter(n) for n in self.weights} | (dict(self.model.named_buffers()) if self.weights else {})
         return {n: t.detach().clone() for n, t in held.items()}
 
     @torch.no_grad()
     def _written(self, values: Mapping[str, Tensor]) -> None:
-        _spread(self.model)
+        _reshard(self.model)
         held = dict([*self.model.named_parameters(), *self.model.named_buffers()]) if values else {}
         for name, value in values.items():
             held[name].copy_(value)
@@ -103,7 +105,7 @@ class Average:
             yield shown(args, labels, self.how, (step, 0))[0], kwargs
 
 
-def _spread(model: nn.Module) -> None:
+def _reshard(model: nn.Module) -> None:
     """Weights that are spread over processes (FSDP2) are so again: a call leaves the outermost ones gathered, and what is written there is lost."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
