@@ -134,16 +134,19 @@ def shaped(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
     return model
 
 
+def further(options: argparse.Namespace) -> str:
+    """What the name of a run says beside its cut: the choices that are not the defaults."""
+    named = {"features": options.features, "without": options.held_out, "cutmix": options.cutmix, "mirror": options.mirror,
+             "average": options.average}  # fmt: skip
+    rate = "" if options.lr is None else f"-{options.lr:g}"
+    return rate + "".join(f"-{name}{'' if value is True else f'{value:g}'}" for name, value in named.items() if value)
+
+
 def cut(task: Task, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     name = f"{task.name}-{options.share}-{options.method.replace('/', '_')}-{options.epochs:g}-{seed}"
     BUILD.mkdir(parents=True, exist_ok=True)
     kept = BUILD / f"{name}.pt"
-    name += "" if options.lr is None else f"-{options.lr:g}"
-    name += f"-features{options.features:g}" if options.features else ""
-    name += f"-without{options.held_out}" if options.held_out else ""
-    name += f"-cutmix{options.cutmix:g}" if options.cutmix else ""
-    name += "-mirror" if options.mirror else ""
-    name += f"-average{options.average:g}" if options.average else ""
+    name += further(options)
     seconds = None
     if kept.exists():  # by a run before
         model = shaped(task.dense(), torch.load(kept, weights_only=True))

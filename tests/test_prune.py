@@ -83,7 +83,8 @@ def test_batch_norm_statistics_come_from_the_data(net):
     fitted = prune(net, (X,), MACs(at_most="50%"), data=DATA, score="l2", repair="batch_norm")
     assert all(torch.equal(fitted.plan.keep[n], mask) for n, mask in plain.plan.keep.items())
     assert fitted.proof.max_error == plain.proof.max_error
-    assert not torch.equal(fitted.model.norm.running_mean, plain.model.norm.running_mean)
+    assert not torch.allclose(fitted.model.again.running_mean, plain.model.again.running_mean, rtol=1e-2)
+    torch.testing.assert_close(fitted.model.norm.running_mean, plain.model.norm.running_mean)  # nothing was cut before it
     assert fitted.plan.why["repair"] == "batch_norm" and not fitted.repairs
 
 

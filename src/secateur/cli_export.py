@@ -14,6 +14,7 @@ from secateur import job, terminal
 from secateur.errors import InputError, SecateurError
 from secateur.export import BATCHES, NAMES, Exported, How, to
 from secateur.figures import percent, seconds, size
+from secateur.measure.run import like
 from secateur.models import Data, LoadedModel, load, load_model
 from secateur.models.atomic import MARK
 from secateur.models.folder import read as read_folder
@@ -92,7 +93,7 @@ def _recorded(model: str) -> str | None:
 
 def _rows(loaded: LoadedModel, held: Data) -> tuple[Any, ...]:
     """Rows of the data as calls of several sizes."""
-    return tuple(job.like(loaded.model, held.example(n)) for n in BATCHES)
+    return tuple(like(loaded.model, held.example(n)) for n in BATCHES)
 
 
 def _beside(model: str, format: str) -> str:

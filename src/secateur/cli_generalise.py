@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from secateur import job, terminal
 from secateur.errors import DataError, FormatError, InputError, ModelError
 from secateur.masks import find
+from secateur.measure.run import like
 from secateur.models import Data, LoadedModel, load_model
 from secateur.models.atomic import sync
 from secateur.models.data import Batches
@@ -165,7 +166,7 @@ def _cast(model: nn.Module, data: Data) -> Data:
 
     def one(part: Any) -> Any:
         part = _rows(part) if isinstance(part, (list, tuple)) else part
-        return replace(part, inputs=job.like(model, part.inputs)) if isinstance(part, Batches) else job.Cast(model, part)
+        return replace(part, inputs=like(model, part.inputs)) if isinstance(part, Batches) else job.Cast(model, part)
 
     return replace(data, train=one(data.train), test=one(data.test))
 

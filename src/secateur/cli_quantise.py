@@ -17,7 +17,7 @@ from secateur.models.atomic import MARK
 from secateur.models.data import Data
 from secateur.quantise import How, Quantised
 from secateur.quantise import quantise as quantised
-from secateur.shell import Debug, Inputs, Json, Model, Source, Weights, given_data, show, working
+from secateur.shell import Debug, Inputs, Json, Model, Seed, Source, Weights, given_data, show, working
 
 
 def quantise(  # noqa: PLR0913  # a command's parameters are its options
@@ -37,6 +37,7 @@ def quantise(  # noqa: PLR0913  # a command's parameters are its options
     factory: Annotated[str | None, typer.Option(metavar="FUNCTION", help="Builds the dense model of a folder without a graph.")] = None,
     weights: Weights = None,
     inputs: Inputs = None,
+    seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -49,12 +50,12 @@ def quantise(  # noqa: PLR0913  # a command's parameters are its options
         raise InputError("quantise calibrates and measures on rows, and there are none.\n  Add --data DATA; labels are used where there are some.")
     folder = _folder(out, model)
     with working(as_json) as say:
-        held, given = given_data(data, inputs, 0, model)
+        held, given = given_data(data, inputs, seed, model)
         assert held is not None
         say("load")
-        loaded = load_model(model, weights, factory=factory)
+        loaded = load_model(model, weights, factory=factory, seed=seed)
         call = job.example_inputs(loaded, held, given)
-        other = load_model(dense, dense_weights).model if dense else None
+        other = load_model(dense, dense_weights, seed=seed).model if dense else None
         done = quantised(loaded.model, call, _cast(loaded.model, held), folder, dense=other, how=how, progress=say)
     if as_json:
         show({"model": model, **done.to_json()})

@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from secateur import report
 from secateur.budget import Latency, MACs, MeasuredTarget, Target
 from secateur.errors import InputError, SecateurError
 from secateur.measure.energy import beside
-from secateur.measure.run import batch_of
+from secateur.measure.run import batch_of, like
 from secateur.mend import mend
 from secateur.models import Data, LoadedModel, save
 from secateur.models.quality import accuracy
 from secateur.processes import Alone, of
 from secateur.prune import Result, batches, check, chosen, prune
-from secateur.repair import FITTED, batch_norm_statistics
+from secateur.repair import FITTED, batch_norm_statistics, like_dense
 from secateur.repair.chunks import ROWS
 from secateur.retrace import with_inputs
 from secateur.sparsify import Sparse, sparsify
@@ -213,7 +213,7 @@ def _with_statistics(result: Result, data: Data, say: Progress) -> dict[str, flo
         return {}
     say("accuracy with BatchNorm alone")
     calls = _at_most(batches(Cast(model, data.train), *result.graph.program.example_inputs))
-    used = batch_norm_statistics(model, calls, of(data.train))
+    used = batch_norm_statistics(model, calls, of(data.train), like_dense(result.dense, result.graph, result.plan.keep))
     found = {"batch_norm": accuracy(model, Cast(model, data.test))} if used else {}
     with torch.no_grad():
         for name, held in model.named_buffers():
@@ -325,13 +325,3 @@ class Cast:
     def __iter__(self) -> Iterator[Any]:
         for item in self.items:
             yield like(self.model, item)
-
-
-def like(model: nn.Module, value: Any) -> Any:
-    """`value` with its tensors moved to the model's device, and those of floating point to its dtype."""
-    first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if first is None or not tree_leaves(value):
-        return value
-    return tree_map_only(
-        Tensor, lambda t: t.to(first.device, first.dtype if t.is_floating_point() else t.dtype), value
-    )

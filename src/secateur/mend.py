@@ -16,7 +16,9 @@ from secateur.measure.proof import Proof, require
 from secateur.pattern import of_kernel, parse_pattern
 from secateur.plan import Cost, Plan
 from secateur.processes import Alone, digest, of
-from secateur.repair import FITTED, HOW, LayerRepair, Study, batch_norm_statistics, changed, proven, put_into
+from secateur.repair import FITTED, HOW, LayerRepair, Study, changed, proven, put_into
+from secateur.repair.apply import like_dense
+from secateur.repair.batch_norm import batch_norm_statistics
 from secateur.surgery import Cut
 from secateur.surgery.cut import state_of
 from secateur.surgery.optimizer import migrate
@@ -121,7 +123,8 @@ def _mended(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
     used = 0
     if repair != "none":
         say("BatchNorm statistics")
-        used = batch_norm_statistics(result.model, ((a, taken(k, kwargs)) for a, k in batches(data, args, kwargs)), of(data))
+        calls = ((a, taken(k, kwargs)) for a, k in batches(data, args, kwargs))
+        used = batch_norm_statistics(result.model, calls, of(data), like_dense(result.dense, result.graph, result.plan.keep))
     if refused:
         instead = "BatchNorm re-estimated instead" if used else "and there is no BatchNorm to re-estimate"
         result.notes.append(f"not repaired by {'biases' if repair == 'bias' else 'least squares'}, {instead}: {refused}")

@@ -69,7 +69,7 @@ def prune(
             output group by group), "global" or "uniform".
         repair: "gauss_newton" (the default with data: every layer is fitted anew to the dense network, then every residual branch
             as a whole, all by least squares without labels), "least_squares" (layers alone: no derivatives, quicker),
-            "bias" (biases only), "batch_norm" (statistics re-estimated) or "none".
+            "bias" (biases only), "batch_norm" (statistics, by the dense model) or "none".
         ignore: names or patterns of modules, parameters or groups that keep their shape.
         depth: whole residual blocks may go too, in the same ranking. The result is then a rewritten graph.
         loss: `loss(outputs, batch)` -> scalar tensor, for criteria that need gradients; by default what the model returns as

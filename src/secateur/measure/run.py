@@ -75,6 +75,14 @@ def _said(error: BaseException) -> str:
     return first if known else f"{type(error).__name__}{': ' if first else ''}{first}"
 
 
+def like(model: nn.Module, value: Any) -> Any:
+    """`value` with its tensors moved to the model's device, and those of floating point to its dtype."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if first is None or not tree_leaves(value):
+        return value
+    return tree_map_only(Tensor, lambda t: t.to(first.device, first.dtype if t.is_floating_point() else t.dtype), value)
+
+
 def inputs_on(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[str, Any]]:
     """The inputs as a tuple and a dict; moved to the meta device if that is where the model is."""
     if not isinstance(model, nn.Module):

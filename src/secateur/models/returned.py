@@ -46,6 +46,8 @@ def parts_of(spec: str, made: Any) -> tuple[Iterable[Any], Iterable[Any], bool]:
     Raises:
         DataError: none of these, or a batch that no model takes.
     """
+    if isinstance(made, Mapping):
+        raise DataError(f"--data {spec} returned a {type(made).__name__}, which is one batch.\n  Return a list of batches: [batch].")
     pair = made if isinstance(made, tuple) and len(made) == 2 else (made,)
     told = [part if isinstance(part, (list, tuple)) else Told(spec, part) for part in pair if hasattr(part, "__iter__")]
     parts = [list(part) if isinstance(part, Told) and not hasattr(part.items, "__len__") else part for part in told]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.measure.proof import Proof, prove
+from secateur.repair.batch_norm import Dense
 from secateur.surgery.cut import state_of
 from secateur.surgery.predict import cut_tensor
 from secateur.trace import Graph
@@ -27,6 +28,14 @@ def put_into(cut_model: nn.Module, graph: Graph, keep: Mapping[str, Tensor], new
         for name, value in new.items():
             if name in have:
                 have[name].copy_(cut_tensor(value, graph.tensors[name], by_axis))
+
+
+def like_dense(model: nn.Module | None, graph: Graph, keep: Mapping[str, Tensor]) -> Dense | None:
+    """The dense model, where it is known, as statistics go by it."""
+    if model is None:
+        return None
+    by_axis = graph.keep_axes(keep)
+    return Dense(model, lambda name, values: cut_tensor(values, graph.tensors[name], by_axis) if name in graph.tensors else values)
 
 
 def proven(model: nn.Module, graph: Graph, keep: Mapping[str, Tensor], cut_model: nn.Module, new: Mapping[str, Tensor]) -> Proof:
