@@ -81,10 +81,10 @@ def _by_method(rows: list[dict[str, Any]], ratio: str, metric: str) -> dict[str,
 
 
 def _spread(values: list[float]) -> str:
-    """Mean ± sample standard deviation; a single seed is said to be one."""
+    """Mean ± sample standard deviation; fewer than three seeds are told."""
     if len(values) == 1:
         return f"{values[0]:.2f} (1 seed)"
-    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}{' (2 seeds)' if len(values) == 2 else ''}"
 
 
 def speed(data: dict[str, Any]) -> Rows:
@@ -130,19 +130,21 @@ def recovered(rows: list[dict[str, Any]]) -> Rows:
     for row in rows:
         if row["task"] != "ic_resnet8" and not row.get("held_out"):
             groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
-    cut, sparse = [], []
+    cuts, before, sparse = dict[str, list[str]](), dict[str, list[float]](), []
     for (what, task, share, keep, epochs, method, kind, lr, *with_), same in groups.items():
         if what == "cut":
             words = [word for word, given in zip(("features", "CutMix", "mirror images", "mean weights"), with_, strict=True) if given]
-            rate = (f" at a rate of {lr:g}" if lr else "") + (f" with {', '.join(words)}" if words else "")
-            before = statistics.fmean(row["without_training"] for row in same)
-            name = f"{task} ÷{share:g} by {method.split('/')[0].replace('_', ' ')}, {epochs:g} epochs{rate}"
-            cut.append(f"{name}: {before:.2f} -> **{_spread([row['recovered'] for row in same])}**")
+            words = ([f"a rate of {lr:g}"] if lr else []) + words
+            name = f"{task} ÷{share:g}, {epochs:g} epochs, {method.split('/')[0].replace('_', ' ')}"
+            before.setdefault(name, []).extend(row["without_training"] for row in same)
+            how = f"with {', '.join(words)}" if words else "defaults"
+            cuts.setdefault(name, []).append(f"{how} **{_spread([row['recovered'] for row in same])}**")
         else:
             name = f"{task} with {keep:.0%} of its weights, {epochs:g} epochs, {kind.replace('_', '-')}"
             sparse.append(f"{name} **{_spread([row['top1'] for row in same])}**")
-    if cut:
-        yield "CIFAR-10, trained back with the dense network as teacher, top-1", "; ".join(cut)
+    if cuts:
+        cells = [f"{name} ({statistics.fmean(before[name]):.2f} before): {', '.join(found)}" for name, found in cuts.items()]
+        yield "CIFAR-10, trained back with the dense network as teacher, top-1", "; ".join(cells)
     if sparse:
         yield "CIFAR-10, weights gone by a schedule while the trained network is trained on, top-1", "; ".join(sparse)
 
