@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from secateur import report
 from secateur.budget import Latency, MACs, MeasuredTarget, Target
+from secateur.calibrate import Anew
 from secateur.errors import InputError, SecateurError
 from secateur.measure.energy import beside
 from secateur.measure.run import batch_of, like
@@ -212,7 +213,7 @@ def _with_statistics(result: Result, data: Data, say: Progress) -> dict[str, flo
     if not before:
         return {}
     say("accuracy with BatchNorm alone")
-    calls = _at_most(batches(Cast(model, data.train), *result.graph.program.example_inputs))
+    calls = Anew(lambda: _at_most(batches(Cast(model, data.train), *result.graph.program.example_inputs)))
     used = batch_norm_statistics(model, calls, of(data.train), like_dense(result.dense, result.graph, result.plan.keep))
     found = {"batch_norm": accuracy(model, Cast(model, data.test))} if used else {}
     with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.calibrate import Reread, batches, many_times, taken
+from secateur.calibrate import Anew, Reread, batches, many_times, taken
 from secateur.errors import DataError, InputError, ProofError
 from secateur.masks import Asked, LayerMask, Means, solved, wrong_zeros
 from secateur.measure.proof import Proof, require
@@ -120,13 +120,20 @@ def _mended(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
                 return _fitted(result, data, repair, say)
         except (DataError, InputError) as error:
             refused = str(error).splitlines()[0]
-    used = 0
+    used, kept = 0, list[str]()
     if repair != "none":
         say("BatchNorm statistics")
-        calls = ((a, taken(k, kwargs)) for a, k in batches(data, args, kwargs))
-        used = batch_norm_statistics(result.model, calls, of(data), like_dense(result.dense, result.graph, result.plan.keep))
+        calls = Anew(lambda: ((a, taken(k, kwargs)) for a, k in batches(data, args, kwargs)))
+        dense = like_dense(result.dense, result.graph, result.plan.keep)
+        used = batch_norm_statistics(result.model, calls, of(data), dense)
+        kept = [name.removesuffix(".running_mean") for name in dense.kept] if dense else []
+    if kept:
+        more = f" and {len(kept) - 4} more" if len(kept) > 4 else ""
+        result.notes.append(f"batch norms that keep their statistics, since they see other values than in the dense model (with a block that went, "
+                            f"or over positions that were cut): {', '.join(kept[:4])}{more}")  # fmt: skip
     if refused:
-        instead = "BatchNorm re-estimated instead" if used else "and there is no BatchNorm to re-estimate"
+        without = "nor BatchNorm re-estimated" if kept else "and there is no BatchNorm to re-estimate"
+        instead = "BatchNorm re-estimated instead" if used else without
         result.notes.append(f"not repaired by {'biases' if repair == 'bias' else 'least squares'}, {instead}: {refused}")
     result.plan = replace(result.plan, why={**result.plan.why, "repair": "batch_norm" if used else "none"})
     return result

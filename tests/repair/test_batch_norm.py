@@ -148,19 +148,83 @@ def test_several_batches_count_as_a_whole():
     torch.testing.assert_close(found.var(0), wanted.var(0), rtol=0.05, atol=0)  # of a batch n - 1 count, of all but one
 
 
-def test_norms_behind_others_come_close_with_small_batches():
+def chain() -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """Four norms one behind another, the same network after a cut, and rows sorted by what they are."""
     torch.manual_seed(0)
     net = lively(nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()) for _ in range(4)])).double()
-    x = torch.randn(512, 8, dtype=torch.float64)
+    x = torch.randn(512, 8, dtype=torch.float64) + torch.arange(512)[:, None] / 256
     batch_norm_statistics(net, [((x + 0.3,), {})])
     other = copy.deepcopy(net)
     with torch.no_grad():
         for part in other:
             part[0].weight[:, 0] = 0
-    batch_norm_statistics(other, [((b,), {}) for b in x.split(8)], dense=Dense(net, lambda name, values: values))
+    return net, other, x
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+def test_norms_behind_others_come_close_with_small_batches(rows):
+    net, other, x = chain()
+    batch_norm_statistics(other, (((b,), {}) for b in x.split(rows)), dense=Dense(net, lambda name, values: values))
     wanted, found = (seen(model, "3.1", x)[1] for model in (net, other))
     assert (found.mean(0) - wanted.mean(0)).abs().max() < 0.1
     assert (found.var(0) / wanted.var(0) - 1).abs().max() < 0.15
+
+
+def test_the_order_of_batches_does_not_matter():
+    net, other, x = chain()
+    again, batches = copy.deepcopy(other), [((b,), {}) for b in x.split(48)]
+    for model, given in ((other, batches), (again, batches[::-1])):
+        batch_norm_statistics(model, given, dense=Dense(net, lambda name, values: values))
+    for a, b in zip(other.buffers(), again.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_channel_that_stopped_moving_gives_the_dense_mean(dtype):
+    """Also where nothing is added to its variance."""
+    torch.manual_seed(0)
+    net = lively(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, eps=0.0 if dtype is torch.float64 else 1e-5))).to(dtype)
+    other, x = copy.deepcopy(net), torch.randn(64, 6).to(dtype)
+    with torch.no_grad():
+        other[0].weight[:4] = 0
+    batch_norm_statistics(other, [((x,), {})], dense=Dense(net, lambda name, values: values))
+    with torch.no_grad():
+        found, wanted = other(x).double(), net(x).double()
+    assert (found.mean(0) - wanted.mean(0)).abs().max() < 0.02
+
+
+class Sometimes(nn.Module):
+    """A norm for large inputs alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n, self.m = nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.n(self.a(x))
+        return self.m(x) if x.shape[-1] > 4 else x
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_norm_that_the_first_batch_does_not_run(beside):
+    torch.manual_seed(0)
+    net, x = lively(Sometimes()), [torch.randn(4, 2, n, n) for n in (4, 6)]
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.a.weight[:, 0] = 0
+    dense = Dense(net, lambda name, values: values) if beside else None
+    assert batch_norm_statistics(other, [((b,), {}) for b in x], dense=dense) == 2
+    assert not torch.equal(other.m.running_mean, net.m.running_mean)
+
+
+def test_a_model_of_several_dtypes_takes_what_it_took():
+    torch.manual_seed(0)
+    net = lively(nn.ModuleDict({"head": nn.Linear(3, 2).half(), "a": nn.Linear(4, 3), "n": nn.BatchNorm1d(3)}))
+    net.forward = lambda x: net["head"](net["n"](net["a"](x)).half())
+    again, x = copy.deepcopy(net), torch.randn(32, 4)
+    again.forward = lambda x: again["head"](again["n"](again["a"](x)).half())
+    batch_norm_statistics(again, [((x,), {})], dense=Dense(net, lambda name, values: values))
+    torch.testing.assert_close(again["n"].running_mean, net["n"].running_mean)
 
 
 class Shared(nn.Module):
@@ -185,7 +249,8 @@ def test_a_norm_that_is_called_less_often_keeps_what_it_has():
         net.blocks[0].bias.zero_()
     other, x = copy.deepcopy(net), torch.randn(64, 6, 5, 5, dtype=torch.float64) * 3
     del other.blocks[0]
-    assert batch_norm_statistics(other, [((x,), {})], dense=Dense(net, lambda name, values: values)) == 0
+    assert batch_norm_statistics(other, [((x,), {})], dense=(dense := Dense(net, lambda name, values: values))) == 0
+    assert dense.kept == ["norm.running_mean"]
     assert torch.equal(other.norm.running_mean, net.norm.running_mean) and torch.equal(other.norm.running_var, net.norm.running_var)
 
 
@@ -195,6 +260,7 @@ def test_a_norm_over_positions_that_were_cut_keeps_what_it_has():
     x = torch.randn(64, 4, 12, dtype=torch.float64) + 1
     result = sc.prune(net, (x[:2],), sc.MACs("60%"), data=[x], score="l2", repair="batch_norm")
     assert result.plan.why["repair"] == "none" and result.model[0].out_features < 24
+    assert [note for note in result.notes if note.startswith("batch norms that keep") and note.endswith(": 1")]
     assert torch.equal(result.model[1].running_mean, net[1].running_mean)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -83,6 +83,16 @@ class Reread:
                     return
             yield self.kept[number]
             number += 1
+
+
+@dataclass(frozen=True)
+class Anew:
+    """What `make()` gives, made anew whenever it is gone through."""
+
+    make: Callable[[], Iterator[Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.make()
 
 
 def many_times(data: Any) -> Any:
