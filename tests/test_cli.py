@@ -90,15 +90,25 @@ def test_what_may_be_chosen_is_chosen(run, trained):
         assert ("batch_norm" in facts["accuracy"]) == (became[2] in ("gauss_newton", "least_squares", "bias"))
 
 
-def test_what_batch_norm_alone_would_give_leaves_no_trace(run, trained):
+DEEP = """
+from torch import nn
+def net(): return nn.Sequential(
+    nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).eval()
+"""
+
+
+def test_what_batch_norm_alone_would_give_leaves_no_trace(tmp_path):
     """The stage that is only measured changes nothing: the repaired model is that of `prune` itself."""
     from secateur import job
     from secateur.models import load_data, load_model
 
-    loaded, data = load_model(NET, str(trained)), load_data("digits")
+    (tmp_path / "deep.py").write_text(DEEP)
+    loaded, data = load_model(f"{tmp_path}/deep.py:net"), load_data("digits")
     inputs = job.example_inputs(loaded, data, ())
-    done = job.run(loaded, inputs, [sc.MACs("60%")], job.Options(), data=data)
-    alone = sc.prune(loaded.model, inputs[0], sc.MACs("60%"), data=data.train)
+    done = job.run(loaded, inputs, [sc.MACs("60%")], job.Options(repair="bias", only=("0:*",)), data=data)
+    alone = sc.prune(loaded.model, inputs[0], sc.MACs("60%"), data=data.train, repair="bias", only=["0:*"])
+    assert done.result.model[0].out_channels < 8, "the second norm is behind a cut"
     states = [m.state_dict() for m in (done.result.model, alone.model)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
 

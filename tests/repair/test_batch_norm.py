@@ -82,13 +82,15 @@ def test_an_instance_norm_is_no_batch_norm():
 
 
 def network() -> nn.Module:
-    """Norms one behind another, one of them called twice."""
+    """Norms one behind another, one of them called three times."""
     torch.manual_seed(0)
     layers = {"a": nn.Conv2d(2, 6, 3, padding=1), "n": nn.BatchNorm2d(6), "b": nn.Conv2d(6, 6, 3, padding=1),
               "last": nn.Conv2d(6, 5, 1), "m": nn.BatchNorm2d(5)}  # fmt: skip
 
     def does(net, x):
-        return net.m(net.last(net.n(net.b(net.n(net.a(x)).relu())).relu()))
+        for layer in (net.a, net.b, net.b):
+            x = net.n(layer(x)).relu()
+        return net.m(net.last(x))
 
     return lively(Sequenced(does, **layers)).double()
 
