@@ -40,6 +40,11 @@ def row(task: Task, share: float, seed: int) -> dict[str, Any]:
     return {"task": task.name, "share": share, "seed": seed} | {way: task.evaluate(net.eval(), None)["top1"] for way, net in ways.items()}
 
 
+def held() -> list[dict[str, Any]]:
+    """The rows so far, another process's too."""
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", default=["resnet20", "resnet56"])
@@ -49,11 +54,9 @@ def main() -> None:
     for name in options.task:
         for share in options.share:
             for seed in options.seeds:
-                rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-                if not any((r["task"], r["share"], r["seed"]) == (name, share, seed) for r in rows):
-                    rows.append(row(TASKS[name], share, seed))
-                    print(rows[-1], flush=True)
-                    RESULTS.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
+                if not any((r["task"], r["share"], r["seed"]) == (name, share, seed) for r in held()):
+                    print(new := row(TASKS[name], share, seed), flush=True)
+                    RESULTS.write_text(json.dumps({"versions": versions(), "rows": [*held(), new]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
