@@ -130,20 +130,20 @@ def recovered(rows: list[dict[str, Any]]) -> Rows:
     for row in rows:
         if row["task"] != "ic_resnet8" and not row.get("held_out"):
             groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
-    cuts, before, sparse = dict[str, list[str]](), dict[str, list[float]](), []
+    cuts, before, sparse = dict[str, list[str]](), dict[str, dict[int, float]](), []
     for (what, task, share, keep, epochs, method, kind, lr, *with_), same in groups.items():
         if what == "cut":
             words = [word for word, given in zip(("features", "CutMix", "mirror images", "mean weights"), with_, strict=True) if given]
             words = ([f"a rate of {lr:g}"] if lr else []) + words
             name = f"{task} ÷{share:g}, {epochs:g} epochs, {method.split('/')[0].replace('_', ' ')}"
-            before.setdefault(name, []).extend(row["without_training"] for row in same)
+            before.setdefault(name, {}).update({row["seed"]: row["without_training"] for row in same})
             how = f"with {', '.join(words)}" if words else "defaults"
             cuts.setdefault(name, []).append(f"{how} **{_spread([row['recovered'] for row in same])}**")
         else:
             name = f"{task} with {keep:.0%} of its weights, {epochs:g} epochs, {kind.replace('_', '-')}"
             sparse.append(f"{name} **{_spread([row['top1'] for row in same])}**")
     if cuts:
-        cells = [f"{name} ({statistics.fmean(before[name]):.2f} before): {', '.join(found)}" for name, found in cuts.items()]
+        cells = [f"{name} ({statistics.fmean(before[name].values()):.2f} before): {', '.join(found)}" for name, found in cuts.items()]
         yield "CIFAR-10, trained back with the dense network as teacher, top-1", "; ".join(cells)
     if sparse:
         yield "CIFAR-10, weights gone by a schedule while the trained network is trained on, top-1", "; ".join(sparse)

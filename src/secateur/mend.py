@@ -127,6 +127,8 @@ def _mended(result: Result, data: Iterable[Any], repair: str, say: Progress) -> 
         dense = like_dense(result.dense, result.graph, result.plan.keep)
         used = batch_norm_statistics(result.model, calls, of(data), dense)
         kept = [name.removesuffix(".running_mean") for name in dense.kept] if dense else []
+        if used and dense is None:
+            result.notes.append("batch norms have the statistics of these data alone, which are not those of training: the dense model is not known")
     if kept:
         more = f" and {len(kept) - 4} more" if len(kept) > 4 else ""
         result.notes.append(f"batch norms that keep their statistics, since they see other values than in the dense model (with a block that went, "

@@ -1133,6 +1133,13 @@ MUTANTS: list[Mutant] = [
         ('tests/repair/test_batch_norm.py',),
     ),
     Mutant(
+        'statistics of the data alone are not told',
+        'secateur/mend.py',
+        'if used and dense is None:',
+        'if False:',
+        ('tests/repair/test_batch_norm.py',),
+    ),
+    Mutant(
         'norms that keep their statistics are not told',
         'secateur/mend.py',
         '    if kept:\n',

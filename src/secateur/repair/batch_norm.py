@@ -80,10 +80,10 @@ class _Sums:
 
 
 class _Seen(TorchDispatchMode):
-    """What arrives at the batch norms of a model in one batch: sums of every call, by the name of the running mean. `given(name, x)`: mean and
-    variance that a call is normalised with; None for the buffers."""
+    """What arrives at the batch norms of a model in one batch: sums of every call, by the name of the running mean. `given(name)`: mean and
+    variance that the call just added is normalised with; None for the buffers."""
 
-    def __init__(self, model: nn.Module, given: Callable[[str, Tensor], Pair | None] = lambda name, x: None) -> None:
+    def __init__(self, model: nn.Module, given: Callable[[str], Pair | None] = lambda name: None) -> None:
         super().__init__()
         self.state = state_of(model)
         # an InstanceNorm hands over copies of its own; a buffer with two names goes by the first
@@ -102,7 +102,7 @@ class _Seen(TorchDispatchMode):
         name = self.names[id(args[3])]
         self.running[name], self.eps[name] = (args[3], args[4]), args[-1]
         self.calls.setdefault(name, []).append(_Sums.of(args[0]))
-        found = self.given(name, args[0])
+        found = self.given(name)
         if found is None:
             return func(*args, **(kwargs or {}))
         return func(*args[:3], *(t.to(r.dtype) for t, r in zip(found, args[3:5], strict=True)), *args[5:], **(kwargs or {}))
@@ -127,7 +127,7 @@ class _Estimate:
     def _added(self, name: str, calls: list[_Sums], counts: bool) -> None:
         _add(self.sums, name, calls, counts)
 
-    def _given(self, name: str, x: Tensor) -> Pair | None:
+    def _given(self, name: str) -> Pair | None:
         """Its own mean and variance, as in training."""
         call = self.own.calls[name][-1]
         mean, var = call.mean_of_batches()
@@ -168,7 +168,7 @@ class _ByDense(_Estimate):
 
     def __init__(self, model: nn.Module, dense: Dense) -> None:
         super().__init__(model)
-        self.dense, self.theirs = dense, _Seen(dense.model, lambda name, x: None)
+        self.dense, self.theirs = dense, _Seen(dense.model)
         self.wanted, self.odd = dict[str, _Sums](), dict[str, _Sums]()  # of the dense model; of norms that see other values than there
         self.first: dict[str, Pair] | None = None  # what the first pass found
         held = [(t, self.theirs.state[n]) for n, t in self.own.state.items() if n in self.theirs.state]
@@ -203,7 +203,7 @@ class _ByDense(_Estimate):
     def _part(self, name: str, values: Tensor) -> Tensor:
         return self.dense.part(name, values.double())
 
-    def _given(self, name: str, x: Tensor) -> Pair | None:
+    def _given(self, name: str) -> Pair | None:
         if self.first is not None:
             return self.first.get(name)
         calls, there = self.own.calls[name], self._there(name)
