@@ -16,7 +16,8 @@ from secateur.recover.average import Average
 from secateur.recover.checkpoint import FILE
 from secateur.recover.images import shown
 from secateur.recover.order import Order
-from tests.recover.test_recover import check_through, masked, net, rows
+from tests.recover.nets import masked, net, rows
+from tests.recover.test_resume import check_through
 
 HOW = Training(epochs=4, average=0.5, lr=0.05)
 STEPS, BEGIN, RISING = 12, 6, 0.05 * 12  # 90 rows in batches of 32

@@ -14,8 +14,8 @@ from secateur.cli import main
 from secateur.models.data import Batches
 from secateur.models.folder import read
 from secateur.recover import Training, recover
+from tests.recover.nets import Net, masked, rows
 from tests.recover.test_blocks import Wide, inputs
-from tests.recover.test_recover import Net, masked, rows
 
 FACTORY, TEACHER = f"{__name__}:net", f"{__name__}:trained_net"
 

@@ -13,7 +13,7 @@ from secateur.recover import Training, recover
 from secateur.recover import loss as losses
 from secateur.recover.checkpoint import digest, state_of
 from secateur.recover.images import augmented, boxed, shown
-from tests.recover.test_recover import net, rows
+from tests.recover.nets import net, rows
 
 
 def test_augmented_images_are_moved_ones():

@@ -13,7 +13,8 @@ from secateur.plan import Cost, Plan
 from secateur.recover import Training, recover
 from secateur.recover.checkpoint import state_of
 from secateur.recover.lora import SCALE, LowRank, Update, places_of
-from tests.recover.test_recover import interrupted, masked, net, rows
+from tests.recover.nets import masked, net, rows
+from tests.recover.test_resume import interrupted
 
 
 class Many(nn.Module):
