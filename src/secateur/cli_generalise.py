@@ -130,6 +130,7 @@ class Study:
                 if _row(rows, one, seed) is None:
                     say(f"{_percent(one)} of the weights, seed {seed}")
                     rows.append(self.row(one, seed))
+                    _chance(rows)
                     if folder is not None:
                         _write(folder, facts)
         return {**facts, "summary": [summary(rows, one, seeds) for one in shares]}
@@ -147,6 +148,18 @@ class Study:
             kept, of = int(plan.why["kept"]), int(plan.why["of_weights"])
         done = recover(model, self.data.train, Training(epochs=self.how["epochs"], lr=self.how["lr"], seed=seed), plan=plan)
         return {"keep": _percent(one), "seed": seed, "stays": kept / of, **generalisation(done.model, self.data, NOISE, seed).to_json()}
+
+
+def _chance(rows: list[Row]) -> None:
+    """
+    Raises:
+        InputError: the last row is, to the bit, that of another seed: an interval over such seeds would be of no width, and say nothing.
+    """
+    *others, last = rows
+    same = [r for r in others if r["keep"] == last["keep"] and all(r[part]["loss"] == last[part]["loss"] for part in ("train", "test"))]
+    if same:
+        raise InputError(f"seeds {same[0]['seed']} and {last['seed']} gave the same model with {last['keep']} of the weights: nothing is drawn.\n"
+                         "  Give data whose order is drawn (a list of batches, or a DataLoader with shuffle=True), or --seeds 1.")  # fmt: skip
 
 
 def _reads(by: str) -> bool:

@@ -143,3 +143,17 @@ def test_what_says_enough_is_raised_as_it_is_and_moves_nothing(error):
 
 def silent():
     raise ValueError
+
+
+def test_a_mask_of_infinities_is_no_norm_without_variance():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    model.register_buffer("causal", torch.full((4, 4), float("-inf")).triu(1))
+    recover(model, rows(5, 1), Training(epochs=1))
+
+
+def test_validation_data_that_can_be_gone_through_once_is_refused_at_once():
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(DataError, match="only once"):
+        recover(model, rows(), Training(epochs=2), valid=iter(rows(40, seed=1)))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

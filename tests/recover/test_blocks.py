@@ -194,6 +194,14 @@ def test_a_run_that_is_stopped_goes_on_to_the_bit(tmp_path):
         reconstruct(pruned(Wide).model, dense(Wide), data, Reconstruction(steps=7), plan=pruned(Wide).plan, folder=tmp_path)
 
 
+def test_a_run_does_not_go_on_with_other_rows(tmp_path):
+    how, rows = Reconstruction(steps=2), inputs()
+    reconstruct(pruned(Wide).model, dense(Wide), Batches(rows, None, 10), how, plan=pruned(Wide).plan, folder=tmp_path)
+    reconstruct(pruned(Wide).model, dense(Wide), Batches(rows, None, 10), how, plan=pruned(Wide).plan, folder=tmp_path)
+    with pytest.raises(InputError, match="data was"):
+        reconstruct(pruned(Wide).model, dense(Wide), Batches(rows + 1, None, 10), how, plan=pruned(Wide).plan, folder=tmp_path)
+
+
 def test_rows_are_no_more_than_asked_and_few_batches_are_cut():
     result = pruned()
     done = reconstruct(result.model, dense(), Batches(inputs(), None, 50), Reconstruction(steps=1, rows=100), plan=result.plan)

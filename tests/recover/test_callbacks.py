@@ -12,7 +12,7 @@ import secateur as sc
 from secateur.errors import InputError
 from secateur.models.hf import import_transformers
 from secateur.models.vision import import_torchvision
-from secateur.recover import Gradual, Schedule, trainer_callback
+from secateur.recover import Gradual, Schedule, callbacks, trainer_callback
 from secateur.recover.callbacks import lightning_callback, plain
 
 
@@ -109,8 +109,9 @@ def test_a_hugging_face_trainer_may_not_bring_back_weights_without_the_zeros(tmp
         transformers.Trainer(net := Net(), options, train_dataset=rows(), eval_dataset=rows(), callbacks=[start]).train()
         return net
 
-    with pytest.raises(InputError, match="load_best_model_at_end"):
-        run("cubic")
+    for kind in ("cubic", "ac_dc", "rigl"):
+        with pytest.raises(InputError, match="load_best_model_at_end"):
+            run(kind)
     assert float((run("one_shot").a.weight == 0).float().mean()) > 0.5  # all its steps have the zeros
 
 
@@ -214,3 +215,34 @@ def test_wrapped_optimizers_are_unwrapped():
 
     own = torch.optim.SGD(Net().parameters(), lr=0.1)
     assert plain(Wrapper(Wrapper(own))) is own and plain(own) is own
+
+
+def test_a_second_training_with_lightnings_callback_begins_anew(monkeypatch):
+    class Trainer:
+        def __init__(self, optimizer, steps):
+            self.optimizers, self.estimated_stepping_batches = [optimizer], steps
+
+    monkeypatch.setattr(callbacks, "_lightning", lambda: object)
+    callback = lightning_callback(lambda model, optimizer, steps: Schedule(model, optimizer, Gradual("50%", kind="cubic"), steps))
+
+    def fit(steps, before=None):
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        if before is not None:
+            callback.load_state_dict(before)
+        callback.on_train_start(Trainer(optimizer, steps), model)
+        begun = callback.held.step
+        model(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+        callback.on_train_end(None, None)
+        return begun, callback.state_dict()
+
+    begun, state = fit(10)
+    assert begun == 0 and fit(10, state)[0] == 1 and fit(10)[0] == 0
+    with pytest.raises(InputError, match="steps"):
+        fit(float("inf"))
+    endless = lightning_callback(lambda model, optimizer, steps: steps)
+    with pytest.raises(AttributeError):  # a number has no hooks to remove
+        endless.on_train_start(Trainer(torch.optim.SGD(Net().parameters(), 0.1), float("inf")), Net())
+        endless.on_train_end(None, None)
+    assert endless.held == -1

@@ -446,3 +446,13 @@ def test_a_list_of_batches_has_an_order_of_its_own_for_every_seed_and_other_trai
     assert len({row["train"]["loss"] for row in found["rows"]}) == 3
     with pytest.raises(InputError, match="train_rows"):
         study(Batches(train.inputs, train.labels.flip(0), 32)).run([Fraction(1)], 3, tmp_path, lambda stage: None)
+
+
+def test_seeds_that_change_nothing_have_no_interval():
+    net = nn.Linear(6, 4)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows(64).inputs, rows(64).labels), 32)
+    data = cli_generalise._cast(net, Data("rows", loader, rows(64, seed=1), True))
+    held = Study(LoadedModel(net, (rows().inputs[:2],), "net"), ((rows().inputs[:2],), {}), data, {"by": "magnitude", "epochs": 1.0, "lr": 0.05})
+    with pytest.raises(InputError, match="seeds 0 and 1 gave the same model with 100% of the weights"):
+        held.run([Fraction(1)], 2, None, quiet)
+    assert len(held.run([Fraction(1)], 1, None, quiet)["rows"]) == 1

@@ -32,7 +32,7 @@ def test_augmented_images_are_moved_ones():
 def test_a_box_of_every_image_shows_the_image_at_the_other_end():
     x, areas, none = torch.rand(7, 3, 12, 20), [], 0
     for seed in range(600):
-        found, part = boxed(x, torch.arange(7), 0.7, seed)
+        found, part = boxed(x, 0.7, seed)
         other = (found != x).any(1)[torch.arange(7) != 3]  # the one in the middle is its own partner
         none += part == 1
         assert torch.equal(found[3], x[3]) and bool((other == other[:1]).all())
@@ -132,6 +132,8 @@ MAPS, LINES = torch.zeros(8, 8, 8, dtype=torch.long), Batches(torch.randn(8, 5),
         (LINES, {"cutmix": 1.0}, "inputs of (4, 5)"),
         ([{"x": torch.randn(4, 1, 8, 8), "labels": torch.zeros(4).long()}], {"cutmix": 1.0}, "cutmix is for images"),
         (LINES, {"mirror": True}, "mirror is for images"),
+        (Batches(torch.randn(8, 1, 8, 8), MAPS, 4), {"augment": "flip"}, "augment is for images"),  # which would move, and the map not
+        ([{"x": torch.randn(4, 1, 8, 8), "labels": torch.zeros(4).long()}], {"augment": "flip_crop"}, "inputs by name"),
     ],
 )
 def test_what_is_no_image_is_refused_and_the_model_is_as_it_was(data, how, said):

@@ -30,7 +30,7 @@ def test_a_schedule_of_weights_spread_over_two_processes_is_that_of_one(kind, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["copies", "shard", "lora", "ignored", "taught", "mean", "shard-mean", "shard-ema"])
+@pytest.mark.parametrize("kind", ["copies", "shard", "lora", "ignored", "taught", "mean", "shard-mean", "shard-ema", "tokens", "column"])
 def test_two_processes_train_as_one(kind, tmp_path):
     pytest.importorskip("accelerate")
     run(1, kind, tmp_path / "a", tmp_path / "one.pt")

@@ -1,15 +1,18 @@
 """Training back: it learns, zeros stay, and nothing else is changed."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from secateur.errors import DataError, TrainingError
 from secateur.recover import Training, recover
 from secateur.recover.checkpoint import FILE
+from secateur.recover.validate import parted
 from tests.recover.nets import masked, net, rows
 
 HOWS = {
@@ -138,3 +141,43 @@ def test_every_epoch_is_told_and_measured():
         scores = model(valid.inputs)
     assert done.history[-1]["valid_loss"] == pytest.approx(float(F.cross_entropy(scores, valid.labels)), rel=1e-5)
     assert done.history[-1]["valid"] == pytest.approx(float((scores.argmax(1) == valid.labels).float().mean()))
+
+
+def test_norms_that_the_user_put_at_rest_stay_at_rest():
+    model = net().train()
+    model.norm.eval()
+    before = model.norm.running_mean.clone()
+    recover(model, rows(), Training(epochs=1), valid=rows(40, seed=1))
+    assert torch.equal(model.norm.running_mean, before) and not model.norm.training and model.training
+    recover(model.eval(), rows(), Training(epochs=1))  # a whole model at rest was measured, and is trained
+    assert not torch.equal(model.norm.running_mean, before)
+
+
+def test_gradients_of_what_is_not_trained_do_not_add_up():
+    model, seen = net(dropout=0.0), []
+    recover(model, rows(), Training(epochs=4, train="norms", lr=0.0), progress=lambda *_: seen.append(float(model.conv.weight.grad.norm())))
+    assert max(seen) < 3 * min(seen)
+
+
+def test_a_compiled_model_is_trained_with_its_plan():
+    result = masked(net(dropout=0.0), rows().inputs[:2])
+    plain = recover(copy.deepcopy(result.model), rows(), Training(epochs=1), plan=result.plan)
+    done = recover(compiled := torch.compile(result.model, backend="eager"), rows(), Training(epochs=1), plan=result.plan)
+    assert done.model is compiled
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), result.model.parameters(), strict=True))
+
+
+def test_inputs_within_one_another_come_to_the_device_of_the_model():
+    model, x = nn.Linear(2, 2, device="meta"), torch.zeros(3, 2)
+    found = parted(((x, {"more": [x]}), [{"boxes": x}]), model), parted({"x": {"y": x}, "n": 3}, model)
+    assert all(t.device.type == "meta" for t in tree_leaves(found) if isinstance(t, torch.Tensor)) and found[1][1]["n"] == 3
+
+
+def test_a_moving_average_of_few_steps_is_not_that_of_the_weights_as_they_were():
+    model, last = net(dropout=0.0), net(dropout=0.0)
+    first = model.conv.weight.detach().clone()
+    how = Training(epochs=5, lr=0.05)
+    recover(last, rows(), how)
+    recover(model, rows(), replace(how, ema=0.999))
+    way = float((last.conv.weight - first).norm())
+    assert float((model.conv.weight - first).norm()) > 0.5 * way  # 15 steps of 0.999 alone would go 0.015 of it

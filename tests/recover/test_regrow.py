@@ -201,3 +201,44 @@ def test_states_of_others_are_refused_and_change_nothing():
     with pytest.raises(InputError, match=r"fc\.weight.*\(3, 8\).*\(12, 8\)"):
         schedule.load_state_dict(cut)
     assert schedule.step == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closure_is_the_same_as_a_backward_before_the_step(kind):
+    found = []
+    for closed in (False, True):
+        model, opt, schedule = made(Gradual(keep=0.2, kind=kind, every=3, begin=0, end=30), 40)
+
+        def closure(step, model=model, opt=opt):
+            opt.zero_grad()
+            backward(model, step)
+            return torch.tensor(float(step))
+
+        for step in range(40):
+            if closed:
+                assert opt.step(lambda step=step: closure(step)) == step if step % 2 else opt.step(closure=lambda step=step: closure(step)) == step
+            else:
+                closure(step)
+                opt.step()
+        found.append((model.state_dict(), schedule.masks))
+    assert all(torch.equal(t, found[1][0][n]) for n, t in found[0][0].items()) and all(torch.equal(m, found[1][1][n]) for n, m in found[0][1].items())
+
+
+@pytest.mark.parametrize("kind", ["cubic", "one_shot", "rigl"])
+def test_lbfgs_goes_on_after_weights_went(kind):
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(16, 2), torch.randn(200, 16)
+    wanted = x[:, :2] * 3 - x[:, 2:4]
+    opt = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", max_iter=4)
+    schedule = Schedule(model, opt, Gradual(keep=0.5, kind=kind, begin=3, end=9, every=3), 12)
+
+    def closure():
+        opt.zero_grad()
+        loss = (model(x) - wanted).square().mean()
+        loss.backward()
+        return loss
+
+    losses = [float(opt.step(closure)) for _ in range(20)]
+    again = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", max_iter=40)
+    best = [float(again.step(closure)) for _ in range(3)][-1]
+    assert losses[-1] <= best + 1e-6 and schedule.sparsity >= 0.5 - 1e-9

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import secateur as sc
-from secateur.errors import DataError, FormatError, InputError
+from secateur.errors import DataError, FormatError, InputError, TrainingError
 from secateur.job import Cast
 from secateur.models.folder import read, save_trained
 from secateur.models.returned import Told
@@ -16,7 +16,7 @@ from secateur.pack.archive import is_deflated
 from secateur.recover import Training, recover
 from secateur.recover.checkpoint import FILE, state_of
 from secateur.recover.order import Order, part_of
-from tests.recover.nets import masked, net, rows
+from tests.recover.nets import Net, masked, net, rows
 
 
 def interrupted(model, how, folder, at, **more):
@@ -223,3 +223,46 @@ def test_a_folder_is_written_as_it_was_saved(entropy, tmp_path):
     done = save_trained(saved, state_of(result.model), tmp_path / "to", {})
     files = [folder / "model.safetensors" for folder in (tmp_path / "out", done)]
     assert [is_deflated(f) for f in files] == [entropy, entropy] and files[0].stat().st_size == files[1].stat().st_size
+
+
+def test_samplers_within_samplers_are_in_the_same_order():
+    data = torch.utils.data.TensorDataset(torch.arange(20.0))
+    inner = torch.utils.data.RandomSampler(data, generator=torch.Generator().manual_seed(9))
+    loader = torch.utils.data.DataLoader(data, batch_sampler=torch.utils.data.BatchSampler(inner, 4, False))
+    order = Order(loader, None, 0)
+    found = [[batch[0].tolist() for batch in order.epoch(0)] for _ in range(2)]
+    assert found[0] == found[1] != [batch[0].tolist() for batch in order.epoch(1)]
+
+
+class Growing(Net):
+    """Its cache has the size of the images once it has seen some."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(0), persistent=False)
+
+    def forward(self, x):
+        if len(self.cache) != x.shape[-1]:
+            self.cache = torch.arange(float(x.shape[-1]))
+        return super().forward(x + 0.01 * self.cache)
+
+
+def test_a_buffer_that_has_changed_its_shape_is_gone_on_with(tmp_path):
+    how, left = Training(epochs=2), [5]
+
+    def stopping(step, steps, loss):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    def grown():
+        torch.manual_seed(0)
+        return Growing()
+
+    whole = recover(grown(), rows(), how)
+    with pytest.raises(KeyboardInterrupt):
+        recover(grown(), rows(), how, folder=tmp_path, progress=stopping)
+    parts = recover(grown(), rows(), how, folder=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), parts.model.state_dict().values(), strict=True))
+    with pytest.raises(TrainingError):
+        recover(grown(), rows(), how, loss=lambda output, labels: output.sum() * float("nan"))

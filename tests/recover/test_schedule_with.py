@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.errors import PlanError
+from secateur.errors import InputError, PlanError
 from secateur.pattern import NM
 from secateur.recover.gradual import Gradual
 from secateur.recover.schedule import Schedule
@@ -153,3 +153,35 @@ def test_diverged_weights_are_named():
     model.fc.weight.grad.fill_(torch.nan)
     with pytest.raises(PlanError, match="NaN"):
         opt.step()
+
+
+class Prepared(torch.optim.Optimizer):
+    """What Accelerate puts around an optimizer: one by its type, without hooks of its own."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+
+    def step(self):
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("way", ["hold", "schedule"])
+def test_the_hooks_are_those_of_the_optimizer_within(way):
+    model = net()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(InputError, match="optimizer is a Prepared"):
+        Schedule(model, Prepared(None), Gradual(keep=0.25, kind="one_shot"), 5)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    opt = Prepared(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
+    made = Schedule(model, opt, Gradual(keep=0.25, kind="one_shot"), 5)
+    if way == "hold":
+        plan = made.plan()
+        made.remove()
+        sc.hold(model, plan, opt)
+    masks = made.masks
+    for step in range(5):
+        backward(model, step)
+        opt.step()
+        assert not any(model.get_parameter(n)[~m].any() for n, m in masks.items())

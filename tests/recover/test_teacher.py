@@ -118,7 +118,7 @@ def test_a_teacher_of_numbers_is_learned_by_squared_error():
 def test_soft_labels_with_a_loss_of_ones_own_are_no_numbers():
     """The teacher's part of the loss is then that of class scores, as it is with class numbers."""
     given = rows()
-    soft = Batches(given.inputs, F.one_hot(given.labels, 4).float() * 0.8 + 0.1, 32)
+    soft = Batches(given.inputs, F.one_hot(given.labels, 4).float() * 0.6 + 0.1, 32)
     students = []
     for data, loss in ((given, None), (soft, lambda output, labels: F.cross_entropy(output, labels))):
         students.append(net())
@@ -153,3 +153,101 @@ def test_validation_data_without_labels_is_measured_against_the_teacher():
     assert found["valid"] == 0 and math.isnan(found["valid_loss"])
     with pytest.raises(DataError, match="validation data is empty"):
         recover(net(), rows(), Training(epochs=1), valid=[])
+
+
+def agreeing(form, **more):
+    """The share of decisions that a student makes as its teacher does, before and after it was taught. They begin with other biases, which a distance
+    over another dimension than that of the classes does not see."""
+    torch.manual_seed(0)
+    dims = form.count("L")
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    teacher = nn.Sequential(layer(1, 4, 3, padding=1), Last() if form.endswith("C") else nn.Identity())
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student[0].bias += torch.tensor([3.0, 0, 0, 0])
+    x = torch.randn(64, 1, *[6] * dims)
+    dim = -1 if form.endswith("C") else 1
+    with torch.no_grad():
+        wanted = teacher(x).argmax(dim)
+        before = float((student(x).argmax(dim) == wanted).float().mean())
+        recover(student, Batches(x, wanted if more.pop("labels") else None, 16), Training(epochs=30, lr=0.1, distil=1.0), teacher=teacher, **more)
+        return before, float((student(x).argmax(dim) == wanted).float().mean())
+
+
+class Last(nn.Module):
+    def forward(self, x):
+        return x.movedim(1, -1)
+
+
+@pytest.mark.parametrize("loss", [None, losses.task_loss])
+@pytest.mark.parametrize("form", ["NCL", "NLC", "NCLL", "NLLC", "NCLLL", "NLLLC"])
+def test_classes_are_where_the_labels_leave_them(form, loss):
+    before, after = agreeing(form, labels=True, loss=loss)
+    assert before < 0.5 and after > 0.9
+
+
+@pytest.mark.parametrize("form", ["NLC", "NCLL", "NCLLL"])
+def test_without_labels_classes_are_last_or_those_of_images(form):
+    before, after = agreeing(form, labels=False)
+    assert before < 0.5 and after > 0.9
+
+
+@pytest.mark.parametrize("labels", ["numbers", "shares"])
+def test_numbers_and_shares_of_classes_are_told_apart_with_a_loss_of_ones_own(labels):
+    torch.manual_seed(0)
+    teacher = nn.Linear(4, 3)
+    student, x = copy.deepcopy(teacher), torch.randn(128, 4)
+    with torch.no_grad():
+        student.bias += 5  # of all outputs alike: shares do not change
+    given = teacher(x).detach() if labels == "numbers" else torch.softmax(teacher(x).detach(), 1)
+    recover(student, Batches(x, given, 32), Training(epochs=30, lr=0.2, distil=1.0), teacher=teacher, loss=nn.SmoothL1Loss())
+    apart = float((student(x) - teacher(x)).square().mean())
+    assert apart < 2 if labels == "numbers" else apart > 20
+
+
+def test_rows_whose_label_does_not_count_are_not_measured():
+    model, given = net(dropout=0.0).eval(), rows(60, size=20)
+    full = validated(list(given), lambda parts: _own(model, parts), model)
+    some = [(x, torch.where(torch.arange(len(y)) < 5, y, losses.IGNORED)) for x, y in given]
+    found = validated([*some, (given.inputs, torch.full((60,), losses.IGNORED))], lambda parts: _own(model, parts), model)
+    first = Batches(torch.cat([x[:5] for x, _ in some]), torch.cat([y[:5] for _, y in some]), 15)
+    assert found == pytest.approx(validated(list(first), lambda parts: _own(model, parts), model)) and found != full
+    uneven = [(x, torch.where(torch.arange(len(y)) < (5 if k else 20), y, losses.IGNORED)) for k, (x, y) in enumerate(given)]
+    kept = [(x[y != losses.IGNORED], y[y != losses.IGNORED]) for x, y in uneven]
+    assert validated(uneven, lambda parts: _own(model, parts), model) == pytest.approx(validated(kept, lambda parts: _own(model, parts), model))
+    with pytest.raises(DataError, match="no row with a label"):
+        validated([(given.inputs, torch.full((60,), losses.IGNORED))], lambda parts: _own(model, parts), model)
+
+
+def _own(model, parts):
+    with torch.no_grad():
+        scores = model(*parts[0])
+    return losses.task_loss(scores, parts[2]), scores
+
+
+def test_a_batch_whose_labels_do_not_count_teaches_nothing():
+    given = rows(64)
+    for part in (slice(32, 64), slice(0, 32)):
+        labels = given.labels.clone()
+        labels[part] = losses.IGNORED
+        batches = [(given.inputs[:32], labels[:32]), (given.inputs[32:], labels[32:])]
+        model = net(dropout=0.0)
+        recover(model, batches, Training(epochs=1, lr=0.05))
+        assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_whether_the_first_label_of_a_sequence_counts():
+    scores = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    batch = {"labels": torch.randint(0, 7, (2, 5))}
+
+    def causal(batch):
+        return {"loss": F.cross_entropy(scores[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())}
+
+    def each(batch):
+        return {"loss": F.cross_entropy(scores.flatten(0, 1), batch["labels"].flatten())}
+
+    assert not losses.first_counts(batch, causal) and losses.first_counts(batch, each)
+    assert losses.first_counts({"labels": torch.zeros(2, 1).long()}, causal) and losses.first_counts((1, 2), causal)
+    some = {"labels": torch.tensor([[3, losses.IGNORED, 1], [losses.IGNORED, 2, 2]])}
+    assert losses.counted(some) == 4 and losses.counted(some, first=False) == 3
+    assert losses.counted({"labels": torch.zeros(6, 1).long()}) == 6

@@ -144,3 +144,10 @@ def test_what_can_have_no_threshold_is_refused():
     with pytest.raises(PlanError, match="no weight is under its threshold"):
         soft_threshold(nn.Sequential(nn.Linear(4, 4))).plan()
     assert set(model.state_dict()) == set(net().state_dict())
+
+
+def test_parameters_keep_their_order_when_thresholds_come_off():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    before = [n for n, _ in model.named_parameters()]
+    soft_threshold(model).remove()
+    assert [n for n, _ in model.named_parameters()] == before

@@ -2,7 +2,8 @@
 
 FOLDER may hold RANK, for a disk of its own. KIND is copies, shard or lora for `recover`, with an average of the weights (MEAN),
 ignored where not all labels count, taught where a teacher
-has a say on them besides; or a kind of schedule in a loop of its own, the weights spread over the processes.
+has a say on them besides, tokens and column where a model computes its own loss of labels (N, L) and (N, 1);
+or a kind of schedule in a loop of its own, the weights spread over the processes.
 """
 
 import os
@@ -20,7 +21,7 @@ from secateur.recover import Gradual, Schedule, Training, recover
 from secateur.recover.checkpoint import full, state_of
 from secateur.recover.order import part_of
 
-SOME = ("ignored", "taught")
+SOME, OWN = ("ignored", "taught"), ("tokens", "column")
 MEAN = {"mean": {"average": 0.5}, "shard-mean": {"average": 0.5}, "shard-ema": {"ema": 0.8}}
 
 
@@ -60,6 +61,31 @@ def some_ignored():
     data = rows()
     data.labels[::2] = -100
     return data
+
+
+class Tagger(nn.Module):
+    """A class for each token, or one for all of them, and its own loss of it. A layer of it is in no output."""
+
+    def __init__(self, each):
+        super().__init__()
+        self.each, self.words, self.mixer, self.idle = each, nn.Embedding(12, 16), nn.ModuleList([Block(16)]), nn.Linear(3, 3)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, words, labels=None):
+        x = self.mixer[0](self.words(words))
+        logits = self.head(x if self.each else x.mean(1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        return {"loss": loss, "logits": logits}
+
+
+def tagged(each):
+    """Of some rows half of the labels do not count, of the others all do."""
+    g = torch.Generator().manual_seed(0)
+    words = torch.randint(0, 12, (60, 6), generator=g)
+    labels = (words // 3 if each else words[:, :1] // 3).clone()
+    if each:
+        labels[::3, :3] = -100
+    return [{"words": words[i : i + 12], "labels": labels[i : i + 12]} for i in range(0, 60, 12)]
 
 
 class Stop(Exception):
@@ -106,13 +132,14 @@ def scheduled(kind, out, epochs):
 def main(kind, folder, out, epochs, steps):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if kind not in ("copies", "shard", "lora", *SOME, *MEAN):
+    if kind not in ("copies", "shard", "lora", *SOME, *MEAN, *OWN):
         return scheduled(kind, out, epochs)
-    data = some_ignored() if kind in SOME else rows()
+    data = tagged(kind == "tokens") if kind in OWN else some_ignored() if kind in SOME else rows()
     teacher = Mixer().eval() if kind == "taught" else None
-    result = sc.sparsify(Mixer().eval(), (data.inputs[:2],), sc.Sparse(keep="40%", by="magnitude", refit=False))
+    model, args = (Tagger(kind == "tokens"), (data[0]["words"],)) if kind in OWN else (Mixer(), (data.inputs[:2],))
+    result = sc.sparsify(model.eval(), args, sc.Sparse(keep="40%", by="magnitude", refit=False))
     how = Training(epochs=float(epochs), optimizer="adamw", lr=0.01, shard=kind.startswith("shard"), every=0.0, **MEAN.get(kind, {}),
-                   train="lora" if kind == "lora" else "all", batch=8 if kind in SOME else 32)  # fmt: skip
+                   train="lora" if kind == "lora" else "all", batch=None if kind in OWN else 8 if kind in SOME else 32)  # fmt: skip
 
     def progress(step, total, loss):
         if step == int(steps):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +61,7 @@ def hold(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer) -> Hold
         PlanError: the plan has no weights, or is for other shapes.
         InputError: it is no optimizer, or it has none of the masked weights.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise InputError(f"optimizer is a {type(optimizer).__name__}.\n  Pass the torch.optim.Optimizer that trains the model.")
+    optimizer = hooked(optimizer)
     model = getattr(model, "_orig_mod", model)  # within torch.compile: its names are those of plans
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -77,6 +77,20 @@ def hold(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer) -> Hold
     held.handles.append(optimizer.register_step_post_hook(lambda *_: held.again()))
     held.again()
     return held
+
+
+def hooked(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer whose hooks are called: torch's own within one that has none, as Accelerate's.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = optimizer
+    while not hasattr(found, "_optimizer_step_post_hooks") and hasattr(found, "optimizer"):
+        found = found.optimizer
+    if not isinstance(found, torch.optim.Optimizer) or not hasattr(found, "_optimizer_step_post_hooks"):
+        raise InputError(f"optimizer is a {type(optimizer).__name__}.\n  Pass the torch.optim.Optimizer that trains the model.")
+    return found
 
 
 def zero(model: nn.Module, plan: Plan) -> None:

@@ -41,7 +41,9 @@ class Average:
     @torch.no_grad()
     def add(self, step: int) -> None:
         """The weights after a step, which count from 0."""
-        share = 1 - self.how.ema if self.how.ema is not None else 1 / max(1, step - self.begin + 1)
+        # An average over a time that has not passed yet would be mostly of the weights as they were given.
+        decay = None if self.how.ema is None else min(self.how.ema, (1 + step) / (10 + step))
+        share = 1 / max(1, step - self.begin + 1) if decay is None else 1 - decay
         for name, average in self.weights.items():
             average.lerp_(self.model.get_parameter(name).detach().to(average.dtype), share)
 

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import DataError, InputError
 from secateur.masks.hold import hold, zero
 from secateur.measure import at_rest
+from secateur.models.data import Batches
 from secateur.models.quality import scores_of
 from secateur.plan import Plan
 from secateur.recover import checkpoint
@@ -122,7 +123,7 @@ def reconstruct(
     train, tests = _shares(data, how.rows, model)
     begun = checkpoint.digest(checkpoint.state_of(model))
     settings = {**asdict(how), "teacher": checkpoint.digest(checkpoint.state_of(teacher)),
-                "zeros": checkpoint.digest(plan.weights) if plan else None}  # fmt: skip
+                "zeros": checkpoint.digest(plan.weights) if plan else None, "data": _said(data, [*train, *tests])}  # fmt: skip
     with torch.random.fork_rng(devices=gpus(model)), at_rest(model), at_rest(teacher):
         if plan is not None and plan.weights:
             zero(model, plan)
@@ -321,6 +322,13 @@ def _shares(data: Iterable[Any], rows: int, model: nn.Module) -> tuple[list[Call
     calls = [parted(piece, model)[:2] for piece in pieces]
     tests = calls[HELD_OUT - 1 :: HELD_OUT] or calls[-1:]
     return [c for c in calls if not any(c is t for t in tests)], tests
+
+
+def _said(data: Iterable[Any], calls: list[Call]) -> str:
+    """What a run that goes on has to have in common: the rows where they are at hand, else their form, as in `recover`."""
+    leaves = [t for t in tree_leaves(calls) if isinstance(t, Tensor)]
+    rows = checkpoint.digest({str(k): t for k, t in enumerate(leaves)}) if isinstance(data, Batches) else ""
+    return f"{len(calls)} batches of {leaves[0].dtype} {tuple(leaves[0].shape[1:])} {rows}".strip()
 
 
 def _cut(batch: Any, pieces: int) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -42,9 +43,9 @@ def trainer_callback(start: Start) -> Any:
             self.held = start(given["model"], plain(given["optimizer"]), int(state.max_steps))
             if not hasattr(self.held, "load_state_dict"):
                 return
-            if args.load_best_model_at_end and isinstance(self.held, Schedule) and self.held.time.done(0) < 1:
+            if args.load_best_model_at_end and isinstance(self.held, Schedule) and any(map(self.held.time.changes, range(1, self.held.steps + 1))):
                 self.held.remove()
-                raise InputError("load_best_model_at_end=True would end with weights of a step at which the schedule had not made all its zeros.\n"
+                raise InputError("load_best_model_at_end=True would end with weights of a step whose zeros are not those of the schedule's end.\n"
                                  "  Set it to False, or prune first and train with sc.hold.")  # fmt: skip
             if state.global_step:
                 _going_on(self.held, _beside(args, state), state.global_step)
@@ -62,7 +63,7 @@ def trainer_callback(start: Start) -> Any:
 
 
 def lightning_callback(start: Start) -> Any:
-    """For `lightning.Trainer(callbacks=[...])`; one optimizer. `start`: as in `trainer_callback`.
+    """For `lightning.Trainer(callbacks=[...])`; one optimizer. `start`: as in `trainer_callback`; steps are -1 where the Trainer's have no end.
 
     Raises:
         InputError: Lightning is not installed, or there are several optimizers.
@@ -77,9 +78,11 @@ def lightning_callback(start: Start) -> Any:
             if len(trainer.optimizers) != 1:
                 raise InputError(f"there are {len(trainer.optimizers)} optimizers, and this callback takes one.\n  Call sc.hold for each yourself.")
             _ended(self.held)
-            self.held = start(module, plain(trainer.optimizers[0]), int(trainer.estimated_stepping_batches))
-            if self.before is not None and hasattr(self.held, "load_state_dict"):
-                self.held.load_state_dict(self.before)
+            steps = trainer.estimated_stepping_batches
+            self.held = start(module, plain(trainer.optimizers[0]), int(steps) if math.isfinite(steps) else -1)
+            before, self.before = self.before, None  # a second training with this callback begins anew
+            if before is not None and hasattr(self.held, "load_state_dict"):
+                self.held.load_state_dict(before)
 
         def state_dict(self) -> dict[str, Any]:
             return {"held": self.held.state_dict() if hasattr(self.held, "state_dict") else None}

@@ -33,18 +33,23 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Values into a model's own tensors.
+    """Values into a model's own tensors. A buffer that has changed its shape, or was made, since then (a cache, a grid) is replaced, or left.
 
     Raises:
         FormatError: other names or shapes. Nothing was changed.
     """
-    own = dict([*model.named_parameters(), *model.named_buffers()])
-    odd = [n for n in {*own, *state} if n not in own or n not in state or own[n].shape != state[n].shape]
+    buffers = dict(model.named_buffers())
+    own = {**dict(model.named_parameters()), **buffers}
+    odd = [n for n in {*own, *state} if n not in own or (n not in buffers and (n not in state or own[n].shape != state[n].shape))]
     if odd:
         raise FormatError(f"The checkpoint is of another model: {len(odd)} tensors differ, {min(odd)!r} first.\n  Start in another folder.")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(spread(state[name], tensor))
+            if name in state and tensor.shape == state[name].shape:
+                tensor.copy_(spread(state[name], tensor))
+            elif name in state:
+                owner, _, leaf = name.rpartition(".")
+                model.get_submodule(owner)._buffers[leaf] = state[name].to(tensor.device, copy=True)
 
 
 def spread(value: Tensor, like: Tensor) -> Tensor:

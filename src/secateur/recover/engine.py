@@ -21,15 +21,17 @@ class Engine:
     """This process alone."""
 
     rank, world = 0, 1
+    first = True  # whether the first label of a sequence counts in a model's own loss
 
     def part(self, batch: Any) -> tuple[Any, float, float]:
         """Its rows of a batch; what a mean over them is multiplied with, so that the mean over the processes is that over the batch; and by how
-        much more the mean over its labels is, which need not be as many a row (`counted`). Of fewer rows than processes all take all."""
+        much more the mean over its labels is, which need not be as many a row (`counted`), 0 where none counts. Of fewer rows than processes all
+        take all."""
         if not 1 < self.world <= (rows := rows_of(batch)):
-            return batch, 1.0, 1.0
+            return batch, 1.0, float(counted(batch, self.first) > 0)
         own = part_of(batch, self.rank, self.world)
         share = rows_of(own) * self.world / rows
-        return own, share, counted(own) * self.world / max(1, counted(batch)) / share
+        return own, share, counted(own, self.first) * self.world / max(1, counted(batch, self.first)) / share
 
     def wrapped(self, model: nn.Module) -> nn.Module:
         """The model to call in training."""
@@ -65,10 +67,11 @@ class Processes(Engine):
 
     def __init__(self, shard: bool) -> None:
         try:
-            from accelerate import Accelerator
+            from accelerate import Accelerator, DistributedDataParallelKwargs
         except ImportError as error:
             raise InputError("training in several processes needs Accelerate, which is not installed.\n  pip install accelerate") from error
-        self.own: Any = Accelerator(cpu=not torch.cuda.is_available())
+        # A weight that no output needs has no gradient, as in one process, instead of stopping the run.
+        self.own: Any = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         self.rank, self.world = self.own.process_index, self.own.num_processes
         self.shard = shard
 

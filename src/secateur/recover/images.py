@@ -31,34 +31,39 @@ def augmented(x: Tensor, how: str, seed: int) -> Tensor:
 
 
 def shown(args: tuple, labels: Any, how: Training, at: tuple[int, int]) -> tuple[tuple, float]:
-    """The inputs of a batch as a step shows them to the model, and what share of the loss is by a row's own label. `at`: step, process."""
-    if how.cutmix and not (args and isinstance(args[0], Tensor)):
-        raise DataError("cutmix is for images (N, C, H, W) as the first input, and here is something else.\n  Leave it out.")
-    if not args or not isinstance(args[0], Tensor) or not (args[0].dim() == 4 or how.cutmix):
+    """The inputs of a batch as a step shows them to the model, and what share of the loss is by a row's own label. `at`: step, process.
+
+    Raises:
+        DataError: images are to be changed, and there are none, or labels are not one for each of them.
+    """
+    asked = "cutmix" if how.cutmix else "augment" if how.augment != "none" else None
+    image = bool(args) and isinstance(args[0], Tensor) and args[0].dim() == 4
+    if asked and not (image and (labels is None or _one_each(labels, args[0]))):
+        given = f"inputs of {tuple(args[0].shape)}" if args and isinstance(args[0], Tensor) else "inputs by name or of another kind"
+        said = f"labels of {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"labels that are a {type(labels).__name__}"
+        raise DataError(f"{asked} is for images (N, C, H, W) as the first input, with labels (N,) or (N, classes): here are {given}, {said}.\n"
+                        "  Leave it out, or do it where the data is read: what is within an image moves with it.")  # fmt: skip
+    if not image:
         return args, 1.0
     (step, rank), part = at, 1.0
     x = augmented(args[0], how.augment, mixed(how.seed, step, 1001 + rank))
     if how.cutmix:
-        x, part = boxed(x, labels, how.cutmix, mixed(how.seed, step, -1))  # the same box in all processes
+        x, part = boxed(x, how.cutmix, mixed(how.seed, step, -1))  # the same box in all processes
     return (x.to(memory_format=torch.channels_last) if how.channels_last else x, *args[1:]), part
 
 
-def boxed(x: Tensor, labels: Any, share: float, seed: int) -> tuple[Tensor, float]:
+def _one_each(labels: Any, x: Tensor) -> bool:
+    return isinstance(labels, Tensor) and labels.dim() in (1, 2) and len(labels) == len(x)
+
+
+def boxed(x: Tensor, share: float, seed: int) -> tuple[Tensor, float]:
     """CutMix (Yun et al. 2019, "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features") in a `share` of all seeds:
     the same box of every image shows that of the image at the other end of the batch. The area of the box, before what lies outside of the image is
     left off, is uniform in 0..1 of the image's.
 
     Returns:
         The images (N, C, H, W), and by what share the labels are still those of their own rows; the rest are those of the rows in reverse order.
-
-    Raises:
-        DataError: no images, or labels that are not one for each of them.
     """
-    one_each = isinstance(labels, Tensor) and labels.dim() in (1, 2) and len(labels) == len(x)
-    if x.dim() != 4 or not (labels is None or one_each):
-        said = f"labels of {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"labels that are a {type(labels).__name__}"
-        raise DataError(f"cutmix is for images (N, C, H, W) with labels (N,) or (N, classes): here are inputs of {tuple(x.shape)}, {said}.\n"
-                        "  Leave it out.")  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     drawn, area = torch.rand(2, generator=g).tolist()
     if drawn >= share:

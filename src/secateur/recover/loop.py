@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from secateur.recover.images import shown
 from secateur.recover.lora import LowRank
 from secateur.recover.order import Order, mixed, part_of, rows_of
 from secateur.recover.place import gpus, moved
+from secateur.recover.sparse_layers import plain
 from secateur.recover.training import LORA, Training
 from secateur.recover.validate import alike, parted, validated
 
@@ -72,6 +73,8 @@ def recover(  # noqa: PLR0913  # the one call; every parameter is a choice of it
             model is as it was at the last checkpoint.
         InputError, FormatError: a checkpoint of another run, that not all processes see, or one that cannot be read or written.
     """
+    if isinstance(valid, Iterator):
+        raise DataError(f"The validation data is a {type(valid).__name__}, which can be gone through only once.\n  Pass a list, or a DataLoader.")
     run = Run(model, Order(data, (how or Training()).batch, (how or Training()).seed), how or Training(), engine((how or Training()).shard))
     run.teacher, run.loss, run.valid, run.watch = teacher, loss, valid, watch
     return run.through(plan, None if folder is None else Path(folder), progress)
@@ -88,12 +91,12 @@ class Run:
     beside: LowRank | None = None
 
     def __init__(self, model: nn.Module, order: Order, how: Training, own: Engine):
-        self.model, self.order, self.how, self.engine = model, order, how, own
+        self.given, self.model, self.order, self.how, self.engine = model, plain(model), order, how, own
         self.steps = max(1, round(how.epochs * order.steps)) if how.epochs else 0
         self.step, self.history, self.notes = 0, list[dict[str, float]](), list[str]()
         self.total, self.began, self.spent = 0.0, time.monotonic(), 0.0  # of the epoch: summed losses; of the run: seconds
         self.good: dict[str, Tensor] = {}
-        self.inner = list[str]()
+        self.inner, self.soft = list[str](), False
 
     def through(self, plan: Plan | None, folder: Path | None, progress: Progress | None) -> Recovered:
         """All steps that are left."""
@@ -119,7 +122,7 @@ class Run:
                     self._ended()
                     if taught is not None:
                         taught.back()
-        return Recovered(model, self.history, self.notes)
+        return Recovered(self.given, self.history, self.notes)
 
     def _ready(self, first: Any, found: Mapping[str, Any] | None, plan: Plan | None) -> None:
         """The model spread over the processes, an optimizer of its parameters, zeros held, and the state of a checkpoint."""
@@ -128,7 +131,11 @@ class Run:
             zero(model, masked)
         if how.train == LORA:
             self.beside = LowRank(model, plan, how.rank, how.seed)
-        self.called = self.engine.wrapped(model)
+        self.called = self.engine.wrapped(model if self.engine.world > 1 else self.given)
+        if self.engine.world > 1 and self.loss is None:
+            with self.mode.rest(), torch.no_grad():
+                self.engine.first = losses.first_counts(first, lambda batch: self.called(**parted(batch, model)[1]))
+        self.finite = [n for n, b in model.named_buffers() if b.is_floating_point() and bool(torch.isfinite(b).all())]
         self.optimizer = how.made(model, self.order.size or rows_of(first))
         moves = masked and how.train == "all" and any(model.get_parameter(n).requires_grad for n in masked.weights)
         self.held = hold(model, masked, self.optimizer) if masked and moves else None
@@ -193,7 +200,7 @@ class Run:
             group["lr"] = rate * how.at(self.step, self.steps)
         torch.manual_seed(mixed(how.seed, self.step, 1 + self.engine.rank))  # of dropout: the same wherever a run begins again
         own, share, self.weight = self.engine.part(batch)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)  # of all weights: those that are not trained would add theirs up
         value = self._fitting(own) * share
         self.engine.backward(value)
         norm = torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None], how.clip)
@@ -209,7 +216,8 @@ class Run:
         """The loss of a batch. Raises DataError if it does not fit, and what else the loss raises: the model is as it was at the last checkpoint."""
         try:
             value = self._loss(batch)
-            if rows_of(batch) == 1 and not all(bool(torch.isfinite(b).all()) for b in self.model.buffers() if b.is_floating_point()):
+            now = dict(self.model.named_buffers()) if rows_of(batch) == 1 else {}
+            if not all(bool(torch.isfinite(now[n]).all()) for n in self.finite if n in now):
                 raise ValueError("a norm over the batch has no variance")  # modules say so themselves, operators of a graph do not
         except (IndexError, RuntimeError, ValueError, SecateurError) as error:
             if self.engine.world == 1:  # the others may have no error, and spread weights are put back by all or by none
@@ -239,7 +247,7 @@ class Run:
         if self.loss is not None or isinstance(labels, Tensor):
             own = losses.of_both(self.loss if self.loss is not None else losses.task_loss, output, labels, part)
         else:
-            own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+            own = losses.own_of(output)
         if own is not None and self.loss is None and weight != 1:
             own = own * weight if weight else own.nan_to_num() * 0  # a mean over no labels is no number
         if self.teacher is None or taught is None:
@@ -251,7 +259,7 @@ class Run:
                 wanted = scores_of(self.teacher(*taught[0], **taught[1]))
             if turned:
                 wanted = losses.middle(wanted, scores_of(self.teacher(*turned[0], **turned[1])))
-        distilled = losses.distance(scores_of(output), wanted, how.temperature, None if self.loss is not None else labels)
+        distilled = losses.distance(scores_of(output), wanted, how.temperature, labels, self.soft)
         value = distilled if own is None else how.distil * distilled + (1 - how.distil) * own
         return value + how.features * losses.apart(ours, theirs) if self.inner else value, output
 
@@ -268,6 +276,8 @@ class Run:
     def _with_teacher(self, batch: Any) -> None:
         assert self.teacher is not None
         moved(self.teacher, next(self.model.parameters()).device)
+        labels = losses.labels_of(parted(batch, self.model)[2])
+        self.soft = losses.shares(labels) and (self.loss is not None or isinstance(batch, Mapping))  # `task_loss` takes them for numbers
         args, kwargs, _ = parted(part_of(batch, 0, rows_of(batch)), self.model)  # one row
         if self.how.features:
             with self.mode.rest():

@@ -21,8 +21,7 @@ IGNORED = -100  # a label that does not count, as Hugging Face has it
 
 
 def task_loss(output: Any, labels: Tensor) -> Tensor:
-    """Cross-entropy of class numbers, squared error of numbers. Classes are the second dimension of images (N, C, H, W), else the last where that
-    fits, else the second: the same as in `distance`.
+    """Cross-entropy of class numbers, whose classes are where `class_dim` finds them, or squared error of numbers.
 
     Raises:
         DataError: labels that do not fit the output.
@@ -36,32 +35,77 @@ def task_loss(output: Any, labels: Tensor) -> Tensor:
             raise DataError(f"The model gives {tuple(scores.shape)} and the labels are numbers of {tuple(labels.shape)}.\n"
                             "  Give one for each output, or pass loss=.")  # fmt: skip
         return F.mse_loss(scores, labels)
-    labels = labels.long()  # cross_entropy takes no other whole numbers
-    images = scores.dim() == 4 and (len(scores), *scores.shape[2:]) == tuple(labels.shape)  # also where all three are as long
-    if not images and scores.dim() == labels.dim() + 1 and scores.shape[:-1] == labels.shape:
+    dim, labels = class_dim(scores, labels), labels.long()  # cross_entropy takes no other whole numbers
+    if dim is None:
+        raise DataError(f"The model gives {tuple(scores.shape)} and the labels are class numbers of {tuple(labels.shape)}.\n"
+                        "  Give one class number for each row of scores, or pass loss=.")  # fmt: skip
+    if dim == scores.dim() - 1:
         return F.cross_entropy(scores.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
-    if scores.dim() == labels.dim() + 1 and (len(scores), *scores.shape[2:]) == tuple(labels.shape):
-        return F.cross_entropy(scores.float(), labels, ignore_index=IGNORED)
-    raise DataError(f"The model gives {tuple(scores.shape)} and the labels are class numbers of {tuple(labels.shape)}.\n"
-                    "  Give one class number for each row of scores, or pass loss=.")  # fmt: skip
+    return F.cross_entropy(scores.float(), labels, ignore_index=IGNORED)
 
 
-def counted(batch: Any) -> int:
-    """Class numbers of a batch that a loss is the mean of: those that are not `IGNORED`. Of a dict's sequences the first is left out: causal models
-    have no score for it, and others have a token there that is no part of the text. Rows, where the labels are something else."""
+def class_dim(scores: Tensor, labels: Tensor) -> int | None:
+    """The dimension of scores that their class numbers have not: the second or the last. Where both would fit it is the second of images
+    (N, C, H, W) and volumes, and the last of sequences (N, L, C). None: neither fits."""
+    shape = tuple(scores.shape)
+    fits = [d for d in {1, len(shape) - 1} if d > 0 and shape[:d] + shape[d + 1 :] == tuple(labels.shape)]
+    return None if not fits else min(fits) if len(shape) > 3 else max(fits)
+
+
+def labels_of(labels: Any) -> Tensor | None:
+    """The labels of a batch where they are one tensor: in a dict those that are called so."""
+    found = labels.get("labels") if isinstance(labels, Mapping) else labels
+    return found if isinstance(found, Tensor) else None
+
+
+def own_of(output: Any) -> Tensor | None:
+    """The loss that a model has computed itself, from labels in a dict."""
+    return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+
+
+def first_counts(batch: Any, call: Callable[[Mapping[str, Any]], Any]) -> bool:
+    """Whether a model's own loss goes by the first label of a sequence: that of a causal model does not change without it."""
+    labels = labels_of(batch) if isinstance(batch, Mapping) else None
+    if labels is None or labels.is_floating_point() or labels.dim() != 2 or labels.shape[1] < 2:
+        return True
+    without = labels.clone()
+    without[:, 0] = IGNORED
+    found = [own_of(call({**batch, "labels": given})) for given in (labels, without)]
+    return found[0] is None or found[1] is None or not torch.equal(found[0], found[1])
+
+
+def counted(batch: Any, first: bool = True) -> int:
+    """Class numbers of a batch that a loss is the mean of: those that are not `IGNORED`. Rows, where the labels are something else.
+
+    Args:
+        first: whether the first of a sequence counts in a dict of labels (N, L): causal models have no score for it.
+    """
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-    labels = batch.get("labels") if isinstance(batch, Mapping) else batch[1] if pair else None
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.dim():
+    labels = labels_of(batch) if isinstance(batch, Mapping) else labels_of(batch[1]) if pair else None
+    if labels is None or labels.is_floating_point() or not labels.dim():
         return rows_of(batch)
-    return int((labels[:, 1:] if isinstance(batch, Mapping) and labels.dim() == 2 else labels).ne(IGNORED).sum())
+    return int((labels if first or not isinstance(batch, Mapping) or labels.dim() != 2 else labels[:, 1:]).ne(IGNORED).sum())
 
 
-def distance(student: Tensor, teacher: Tensor, temperature: float, labels: Any = None) -> Tensor:
+def shares(labels: Any) -> bool:
+    """Whether labels are shares of classes, which are not negative and sum to 1, rather than class numbers or plain numbers."""
+    if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.dim() < 2:
+        return False
+    sums = labels.float().sum(_usual(labels))
+    return bool((labels >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+
+
+def _usual(scores: Tensor) -> int:
+    return 1 if scores.dim() > 3 else -1
+
+
+def distance(student: Tensor, teacher: Tensor, temperature: float, labels: Any = None, soft: bool = False) -> Tensor:
     """T^2 KL(teacher || student) of outputs divided by the temperature T, summed over classes and averaged over the rest (Hinton et al. 2015,
-    "Distilling the Knowledge in a Neural Network"); classes are the second dimension of images, else the last.
+    "Distilling the Knowledge in a Neural Network"). Classes are where class numbers among the labels leave them (`class_dim`); without such labels
+    the second dimension of images and volumes, else the last. Rows whose label is `IGNORED` count: the teacher has outputs for them too.
 
-    Outputs that are no scores of several classes (one number for a row, or labels that are numbers, as in `task_loss`) are compared by their
-    squared error: the softmax of a single number is 1, whatever it is.
+    Outputs that are no scores of several classes (one number for a row, or labels that are numbers and not, as `soft` says, shares of classes) are
+    compared by their squared error: the softmax of a single number is 1, whatever it is.
 
     Raises:
         DataError: the two are of other shapes.
@@ -69,8 +113,10 @@ def distance(student: Tensor, teacher: Tensor, temperature: float, labels: Any =
     if student.shape != teacher.shape:
         raise DataError(f"The model gives {tuple(student.shape)} and the teacher {tuple(teacher.shape)}.\n"
                         "  Pass the teacher of this model: the one that it was cut from.")  # fmt: skip
-    dim = 1 if student.dim() == 4 else -1
-    numbers = isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == student.shape
+    given = labels_of(labels)
+    numbers = given is not None and given.is_floating_point() and not soft
+    found = None if given is None or given.is_floating_point() else class_dim(student, given)
+    dim = _usual(student) if found is None else found
     if numbers or student.dim() < 2 or student.shape[dim] == 1:
         return F.mse_loss(student.float(), teacher.float())
     s, t = F.log_softmax(student.float() / temperature, dim), F.log_softmax(teacher.float() / temperature, dim)

@@ -20,6 +20,7 @@ class Mode:
 
     def __init__(self, model: nn.Module):
         self.flags = {m: m.training for m in model.modules()}
+        self.still_ones = {m for m, flag in self.flags.items() if model.training and not flag}  # put at rest by hand, in a model that trains
         self.graphs = list[tuple[fx.GraphModule, fx.Node, Any, Any]]()  # with the arguments at rest, and in training
         for module in self.flags:
             for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
@@ -29,7 +30,7 @@ class Mode:
 
     def train(self) -> None:
         for module in self.flags:
-            module.training = True
+            module.training = module not in self.still_ones
         self._written(3)
 
     def still(self) -> None:

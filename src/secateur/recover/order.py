@@ -81,9 +81,17 @@ class Order:
 
 
 def _generators(data: Any) -> list[torch.Generator]:
-    """Of a DataLoader and its sampler."""
-    found = [getattr(owner, "generator", None) for owner in (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None))]
-    return [g for g in found if isinstance(g, torch.Generator)]
+    """Of a DataLoader and its samplers, which may be within one another."""
+    found, left, seen = list[torch.Generator](), [data], set[int]()
+    while left:
+        owner = left.pop()
+        if owner is None or id(owner) in seen:
+            continue
+        seen.add(id(owner))
+        own = getattr(owner, "generator", None)
+        found += [own] if isinstance(own, torch.Generator) else []
+        left += [getattr(owner, "sampler", None), getattr(owner, "batch_sampler", None)]
+    return found
 
 
 def mixed(seed: int, step: int, which: int) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from secateur.errors import InputError, PlanError
+from secateur.masks.hold import hooked
 from secateur.masks.select import Selection, spread
 from secateur.pattern import share, written
 from secateur.plan import Cost, Plan
@@ -39,7 +40,7 @@ class Schedule:
     After every step of the optimizer the weights outside the mask are exactly 0, and so are their gradients and what the optimizer remembers
     of them; in the dense phases of "ac_dc", and before `begin`, nothing is touched. Nothing is added to the model but hooks: its state dict,
     `torch.compile` and `torch.export` see no difference. Gradients may be accumulated over several batches; a step that a gradient scaler
-    skips is not counted. A closure given to `optimizer.step` (LBFGS) works with all kinds but "rigl".
+    skips is not counted. A closure given to `optimizer.step` works too (Lightning always gives one); LBFGS begins anew where masks change.
 
     Weights may be spread over processes (FSDP2's `fully_shard`, before this): every process finds the same masks from the whole weights.
 
@@ -62,8 +63,7 @@ class Schedule:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, how: Gradual, steps: int):
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise InputError(f"optimizer is a {type(optimizer).__name__}.\n  Pass the torch.optim.Optimizer that trains the model.")
+        optimizer = hooked(optimizer)
         if not isinstance(how, Gradual):
             raise InputError(f"how is a {type(how).__name__}, which does not say when weights go.\n  Pass Gradual(keep='5%', kind='cubic').")
         self.how, self.steps, self.time = how, steps, how.over(steps)
@@ -84,7 +84,7 @@ class Schedule:
             self._apply()
         self._dense: dict[str, Tensor] = {}  # |gradient|, from the beginning of a step to its end
         self._handles: list[RemovableHandle] = [p.register_post_accumulate_grad_hook(self._gradient(n)) for n, p in self.weights.items()]
-        self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._before()))
+        self._handles.append(optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before(args, kwargs)))
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._after()))
 
     # ------------------------------------------------------------------ what the user asks
@@ -168,12 +168,26 @@ class Schedule:
 
         return hook
 
-    def _before(self) -> None:
-        """Before a step of the optimizer."""
+    def _before(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Before a step of the optimizer. What it is called with: the gradients of a closure are looked at when it has made them."""
         if self._first is not None:  # the first one: what the optimizer was given may remember weights that went since
             for name in self.masks:
                 self._forget(name, ~self.masks[name])
             self._first = None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._seen()
+            return None
+
+        def then() -> Any:
+            value = closure()
+            self._seen()
+            return value
+
+        return ((args[0], then, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": then})
+
+    def _seen(self) -> None:
+        """Gradients, once they are all there: dense ones are remembered, then they are 0 outside the mask."""
         if self._skipped():
             return
         if self.how.kind == "rigl" and self.time.regrows(self.step + 1):
@@ -196,6 +210,9 @@ class Schedule:
             old, self.masks = self.masks, self._next()
             for name in self.masks:  # neither what went nor what came remembers anything
                 self._forget(name, ~(old[name].to(self.masks[name].device) & self.masks[name]))
+            for held in self.optimizer.state.values():
+                if "prev_flat_grad" in held:  # LBFGS has one long vector of all weights, which nothing can be taken out of
+                    held.clear()
             if self.how.kind == "ac_dc":
                 _still(self.optimizer)
         self._dense = {}

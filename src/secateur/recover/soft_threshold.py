@@ -42,6 +42,7 @@ class SoftThresholds:
 
     def __init__(self, model: nn.Module, chosen: Selection):
         self.model, self.layers, self.left = model, chosen.layers, chosen.left
+        self._orders = {m: list(m._parameters) for m in model.modules()}  # what torch puts back it puts last
         self._on = True
 
     @property
@@ -75,6 +76,8 @@ class SoftThresholds:
             parametrize.remove_parametrizations(module, own, leave_parametrized=True)
             with torch.no_grad():
                 module.get_parameter(own).add_(0)  # of -0 this makes 0
+            for known in self._orders[module]:
+                module._parameters[known] = module._parameters.pop(known)
         self._on = False
 
     def _stays(self) -> dict[str, Tensor]:
@@ -97,10 +100,11 @@ def soft_threshold(model: nn.Module, init: float = -5.0, ignore: Sequence[str] =
         raise InputError(f"init={init!r} is no start for a threshold of sigmoid(init).\n  Pass a number like -5.")
     model = plain(model)
     chosen = layers_of(model, FREE, patterns(ignore))
+    held = SoftThresholds(model, chosen)
     for name in chosen.layers:
         module, own = _place(model, name)
         parametrize.register_parametrization(module, own, SoftThreshold(getattr(module, own), init))
-    return SoftThresholds(model, chosen)
+    return held
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from secateur.errors import DataError, SecateurError, first_line, out_of_memory
 from secateur.models.quality import hits as right
 from secateur.models.quality import scores_of
+from secateur.recover.loss import IGNORED, counted
 from secateur.recover.order import rows_of
 
 Parts = tuple[tuple, dict[str, Any], Any]  # args, kwargs, labels
@@ -23,10 +24,10 @@ def parted(batch: Any, model: nn.Module) -> Parts:
     place = next(model.parameters()).device
 
     def there(value: Any) -> Any:
-        return value.to(place) if isinstance(value, Tensor) else value
+        return tree_map_only(Tensor, lambda t: t.to(place), value)
 
     if isinstance(batch, Mapping):
-        kwargs = {k: there(v) for k, v in batch.items()}
+        kwargs = there(dict(batch))
         return (), alike(kwargs, model), kwargs
     if isinstance(batch, (tuple, list)):
         if len(batch) != 2:
@@ -42,7 +43,8 @@ def alike(given: Any, model: nn.Module, copy: bool = False) -> Any:
 
 
 def validated(batches: Iterable[Any], value: Callable[[Parts], tuple[Tensor, Any]], model: nn.Module) -> dict[str, float]:
-    """{"valid_loss": mean over the rows} and, where every batch has one class number a row, "valid": accuracy, 0..1.
+    """{"valid_loss": mean over the rows} and, where every batch has one class number a row, "valid": accuracy, 0..1, of rows whose label counts. Of
+    batches with fewer labels that count than others (`counted`) the loss has as much less a share in the mean.
 
     Args:
         value: (args, kwargs, labels) -> the loss of a batch and what the model gives.
@@ -53,8 +55,7 @@ def validated(batches: Iterable[Any], value: Callable[[Parts], tuple[Tensor, Any
     total, rows, hits = 0.0, 0, 0
     classes = True
     for at, batch in enumerate(batches):
-        count = rows_of(batch)
-        if not count:
+        if not rows_of(batch) or not (count := counted(batch)):
             continue
         args, kwargs, labels = parts = parted(batch, model)
         try:
@@ -67,9 +68,9 @@ def validated(batches: Iterable[Any], value: Callable[[Parts], tuple[Tensor, Any
         total, rows = total + float(loss) * count, rows + count
         scores = scores_of(output)
         classes = classes and isinstance(labels, Tensor) and isinstance(scores, Tensor) and _whole(scores, labels)
-        hits += int(right(scores, labels).sum()) if classes else 0
+        hits += int((right(scores, labels) & labels.ne(IGNORED)).sum()) if classes else 0
     if not rows:
-        raise DataError("The validation data is empty.\n  Give at least one batch, or none.")
+        raise DataError(f"The validation data is empty: no row with a label other than {IGNORED}.\n  Give at least one batch, or none.")
     return {"valid_loss": total / rows, **({"valid": hits / rows} if classes else {})}
 
 
