@@ -48,6 +48,29 @@ class BatchNormChain(Case):
         return self.head(on(F.hardswish(self.n2(self.c2(x))), keep["b"], 1))
 
 
+class Unpooled(Case):
+    """SegNet: values go back to where a pooling took its largest from; and a pooling that gives places that nobody asks for."""
+
+    units = {"a": U("c1.weight", 0, 8), "b": U("c2.weight", 0, 6)}
+    shapes = ((2, 3, 8, 8),)
+
+    def __init__(self):
+        super().__init__()
+        self.c1, self.c2, self.c3 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 8, 1)
+        self.down, self.up, self.whole = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2), nn.AdaptiveMaxPool2d(4)
+        self.head = nn.Conv2d(8, 5, 3)
+
+    def forward(self, x):
+        x, places = self.down(self.c1(x).relu())
+        x = self.c3(self.whole(self.c2(x).relu())).sigmoid()
+        return self.head(self.up(x, places))
+
+    def reference(self, keep, x):
+        x, places = self.down(self.c1(x).relu())
+        x = self.c3(on(self.whole(self.c2(on(x, keep["a"], 1)).relu()), keep["b"], 1)).sigmoid()
+        return self.head(on(self.up(x, places), keep["a"], 1))
+
+
 class Padded(Case):
     """Reflected padding, dilation, average pooling and interpolation leave the channels alone."""
 

@@ -67,7 +67,9 @@ class Call:
 
     @property
     def shape(self) -> list[int]:
-        return shape_of(self.node.meta["val"])
+        """Of the first output where there are several."""
+        value = self.node.meta["val"]
+        return shape_of(value[0] if isinstance(value, (tuple, list)) else value)
 
     def reason(self, why: str) -> str:
         return f"{why} (op {self.op}" + (f" in {self.module!r})" if self.module else ")")

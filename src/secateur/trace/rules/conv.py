@@ -72,6 +72,19 @@ def grid_sample(t, c: Call) -> Value:
     return (*x[:2], *_space(t, c, x, n))
 
 
+def unpool(n: int):
+    """Values go back to the places in space that a pooling of the same channels noted."""
+
+    def rule(t, c: Call) -> Value:
+        x, places = c.dims("self"), c.dims("indices")
+        t.freeze(places[-n:], c.reason("positions in space"))
+        for a, b in zip(x[:-n], places[:-n], strict=True):
+            unify(a, b)
+        return (*(resolve(d) for d in x[:-n]), *_space(t, c, x, n))
+
+    return rule
+
+
 def im2col(t, c: Call) -> Value:
     """(N, C, H, W) -> (N, C·k·k, L)."""
     x = c.dims("self")
@@ -109,6 +122,8 @@ RULES = {
         }.items()
         for name in names.split()
     },
+    "max_unpool2d": unpool(2),
+    "max_unpool3d": unpool(3),
     "grid_sampler": grid_sample,
     "grid_sampler_2d": grid_sample,
     "im2col": im2col,
