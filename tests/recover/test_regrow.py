@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from secateur.errors import InputError, PlanError
 from secateur.recover.gradual import Gradual
@@ -224,21 +225,20 @@ def test_a_closure_is_the_same_as_a_backward_before_the_step(kind):
     assert all(torch.equal(t, found[1][0][n]) for n, t in found[0][0].items()) and all(torch.equal(m, found[1][1][n]) for n, m in found[0][1].items())
 
 
-@pytest.mark.parametrize("kind", ["cubic", "one_shot", "rigl"])
+@pytest.mark.parametrize("kind", ["cubic", "one_shot", "iterative", "rigl"])
 def test_lbfgs_goes_on_after_weights_went(kind):
     torch.manual_seed(0)
-    model, x = torch.nn.Linear(16, 2), torch.randn(200, 16)
-    wanted = x[:, :2] * 3 - x[:, 2:4]
+    x = torch.randn(64, 8)
+    classes = x[:, :4].argmax(1)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
     opt = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", max_iter=4)
-    schedule = Schedule(model, opt, Gradual(keep=0.5, kind=kind, begin=3, end=9, every=3), 12)
+    schedule = Schedule(model, opt, Gradual(keep="20%", kind=kind, begin=3, end=15, every=3), 20)
 
     def closure():
         opt.zero_grad()
-        loss = (model(x) - wanted).square().mean()
+        loss = nn.functional.cross_entropy(model(x), classes)
         loss.backward()
-        return loss
+        return loss.detach()
 
-    losses = [float(opt.step(closure)) for _ in range(20)]
-    again = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", max_iter=40)
-    best = [float(again.step(closure)) for _ in range(3)][-1]
-    assert losses[-1] <= best + 1e-6 and schedule.sparsity >= 0.5 - 1e-9
+    losses = [float(opt.step(closure)) for _ in range(40)]
+    assert losses[-1] < 1e-4 and schedule.sparsity == pytest.approx(0.8, abs=0.01)  # what it remembered from before led nowhere
