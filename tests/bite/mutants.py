@@ -708,8 +708,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         'rows of NaN are right in validation',
         'secateur/recover/validate.py',
-        '(right(scores, labels) & ',
-        '((scores.argmax(1) == labels) & ',
+        'int(right(scores, labels).sum())',
+        'int((scores.argmax(1) == labels).sum())',
         ('tests/recover/test_teacher.py::test_validation_data_without_labels_is_measured_against_the_teacher',),
     ),
     Mutant(
@@ -1737,8 +1737,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "rows that do not count are wrong",
         "secateur/recover/validate.py",
-        '(right(scores, labels) & labels.ne(IGNORED)).sum()',
-        'right(scores, labels).sum()',
+        '(count := counted(batch))',
+        '(count := rows_of(batch))',
         ("tests/recover/test_teacher.py",),
     ),
     Mutant(

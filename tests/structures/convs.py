@@ -338,6 +338,6 @@ class PReLUChannels(Case):
 
 
 CASES = (
-    ConvChain, BatchNormChain, Padded, GroupedConv, GroupedPair, Depthwise, DepthwiseMultiplier, Conv1dChain,
+    ConvChain, BatchNormChain, Unpooled, Padded, GroupedConv, GroupedPair, Depthwise, DepthwiseMultiplier, Conv1dChain,
     Conv3dChain, Transposed1d, Transposed2d, TransposedGrouped, WeightNormed, Parametrised, PReLUChannels,
 )  # fmt: skip

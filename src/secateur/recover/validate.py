@@ -68,7 +68,7 @@ def validated(batches: Iterable[Any], value: Callable[[Parts], tuple[Tensor, Any
         total, rows = total + float(loss) * count, rows + count
         scores = scores_of(output)
         classes = classes and isinstance(labels, Tensor) and isinstance(scores, Tensor) and _whole(scores, labels)
-        hits += int((right(scores, labels) & labels.ne(IGNORED)).sum()) if classes else 0
+        hits += int(right(scores, labels).sum()) if classes else 0
     if not rows:
         raise DataError(f"The validation data is empty: no row with a label other than {IGNORED}.\n  Give at least one batch, or none.")
     return {"valid_loss": total / rows, **({"valid": hits / rows} if classes else {})}
