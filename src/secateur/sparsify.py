@@ -179,7 +179,7 @@ def _reordered(look: _Look, inputs: tuple[tuple, dict[str, Any]], how: Sparse, s
     model, said = permuted(look.model, look.graph, look.chosen, squares, how.pattern, how.seed, feeds[:1])
     if model is look.model:
         return replace(look, notes=[*look.notes, said])
-    data: Any = [named or args for args, named in feeds] or None  # which may be read only once
+    data: Any = [args or named for args, named in feeds] or None  # which may be read only once; flags are those of the inputs again
     if look.study is not None and look.study.processes.world > 1:
         data = Shared(data, look.study.processes)
     again = _looked_at(model, inputs, how, data, say)

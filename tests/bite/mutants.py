@@ -1747,5 +1747,10 @@ MUTANTS: list[Mutant] = [
         '                    _chance(rows)\n',
         '',
         ("tests/recover/test_generalise.py",),
+        'a reordered copy is looked at with the flags alone',
+        'secateur/sparsify.py',
+        'args or named for args, named in feeds',
+        'named or args for args, named in feeds',
+        ('tests/masks/test_permute.py',),
     ),
 ]

@@ -203,3 +203,31 @@ def test_data_is_read_once_and_a_plan_says_what_it_is_for(net):
     result = sc.sparsify(net, ARGS, how, (b for b in batches()))
     again = sc.mask(result.dense, ARGS, result.plan)
     assert any("permute=True" in note for note in again.notes) and again.plan.why["permuted"]
+
+
+class Flagged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(16, 24), nn.Linear(24, 24), nn.Linear(24, 8)
+
+    def forward(self, x, more=None, scale=False):
+        x = self.c(torch.relu(self.b(torch.relu(self.a(x if more is None else x + more)))))
+        return 2 * x if scale else x
+
+
+X, MORE = drawn(64, 16).float(), drawn(64, 16, seed=1).float()
+MIXED = {
+    "a flag by name": ((X,), {"scale": True}, [X, X]),
+    "a flag by place": ((X, None, True), {}, [(X, None, True), X]),
+    "tensors by place and by name": ((X,), {"more": MORE, "scale": True}, [X, X]),
+    "all by name": ((), {"x": X, "more": MORE, "scale": True}, [{"x": X, "more": MORE}] * 2),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_the_copy_is_looked_at_with_the_inputs_of_the_model(name):
+    args, kwargs, data = MIXED[name]
+    plain, moved = (sc.sparsify(Flagged(), args, sc.Sparse(None, pattern=PATTERN, permute=p), data, kwargs=kwargs) for p in (False, True))
+    assert any("reordered" in note for note in moved.notes) and set(moved.plan.weights) == set(plain.plan.weights)
+    assert moved.masks[0].rows == plain.masks[0].rows > 64
