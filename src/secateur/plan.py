@@ -149,6 +149,6 @@ def _bits(mask: torch.Tensor) -> str:
 
 def _unpacked(what: str, text: str, shape: Sequence[int]) -> torch.Tensor:
     bits, size = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8)), math.prod(shape)
-    if not size <= len(bits) < size + 8:
-        raise ValueError(f"{what} says {size} units and carries {len(bits)} bits")
+    if not size <= len(bits) < size + 8 or any(n < 0 for n in shape):
+        raise ValueError(f"{what} says {list(shape)}, {size} units, and carries {len(bits)} bits")
     return torch.from_numpy(bits[:size].astype(bool)).reshape(tuple(shape))

@@ -1753,4 +1753,18 @@ MUTANTS: list[Mutant] = [
         'named or args for args, named in feeds',
         ('tests/masks/test_permute.py',),
     ),
+    Mutant(
+        'strides of expanded tensors are written',
+        'secateur/models/recipe.py',
+        ' and _gapless(value.shape, value.stride()):',
+        ':',
+        ('tests/models/test_layout.py',),
+    ),
+    Mutant(
+        'strides are believed as they are read',
+        'secateur/models/recipe.py',
+        'laid_out = stride and _gapless(tensor.shape, stride)',
+        'laid_out = stride',
+        ('tests/models/test_layout.py',),
+    ),
 ]

@@ -109,19 +109,6 @@ def test_other_dtypes_come_back_bit_for_bit(dtype, tmp_path):
         assert torch.equal(model(x), result.model(x))
 
 
-def test_layout_frozen_parameters_and_modes_come_back(tmp_path):
-    model = nets.net().to(memory_format=torch.channels_last)
-    model.head.weight.requires_grad_(False)
-    result = sc.prune(model, (torch.randn(2, 1, 8, 8),), sc.MACs(at_most="60%"))
-    result.model.train()
-    result.model.bn.eval()
-    expected = result.model.b.weight.stride()
-    loaded = sc.load(sc.save(result, tmp_path / "out"), nets.net)
-    assert loaded.b.weight.stride() == expected
-    assert not loaded.head.weight.requires_grad and loaded.a.weight.requires_grad
-    assert loaded.training and loaded.a.training and not loaded.bn.training
-
-
 def test_example_inputs_are_described_and_not_kept(saved):
     (x,), kwargs = folder.read(saved).example_inputs()
     assert x.shape == (2, 1, 8, 8) and not kwargs

@@ -20,7 +20,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import FormatError, InputError
+from secateur.errors import FormatError, InputError, out_of_memory
 from secateur.masks.exact import wrong_zeros
 from secateur.models import graph_file, recipe
 from secateur.models.atomic import GRAPH, MARK, TENSORS, backup, replace_folder, sha256
@@ -242,7 +242,9 @@ def _well_formed(folder: Path) -> Iterator[None]:
     """plan.json with the right hash may still lack what this version needs, or hold it in another form."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         raise FormatError(
             f"{folder / MARK} has not the form that secateur writes: {type(error).__name__}: {error}.\n"
             "  It was changed, or written by another version: save the model again."

@@ -42,9 +42,20 @@ class Entry:
             out["frozen"] = True
         if not self.persistent:
             out["persistent"] = False
-        if not value.is_contiguous() and value._is_view() is False:
+        if not value.is_contiguous() and value._is_view() is False and _gapless(value.shape, value.stride()):
             out["stride"] = list(value.stride())
         return out
+
+
+def _gapless(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether these are the strides of a contiguous tensor with its dimensions in another order: every element has one place of its own, and no
+    place is left over. Those of an expanded tensor are not, nor those of a window."""
+    after = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if step < 0 or (size != 1 and step != after):
+            return False
+        after *= size
+    return True
 
 
 # ---------------------------------------------------------------- tensors
@@ -96,9 +107,11 @@ def as_module_tensors(document: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 
 def _restore(tensor: Tensor, facts: Mapping[str, Any]) -> Tensor:
-    """The tensor in memory of its own (not a window onto the file), laid out as it was when saved."""
+    """The tensor in memory of its own (not a window onto the file), laid out as it was when saved. Earlier versions wrote strides that no memory of
+    its own can have, of expanded tensors; those are passed over."""
     stride = facts.get("stride")
-    own = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype) if stride else torch.empty_like(tensor)
+    laid_out = stride and _gapless(tensor.shape, stride)
+    own = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype) if laid_out else torch.empty_like(tensor)
     own.copy_(tensor)
     if facts["kind"] != "parameter":
         return own
