@@ -1767,4 +1767,32 @@ MUTANTS: list[Mutant] = [
         'laid_out = stride',
         ('tests/models/test_layout.py',),
     ),
+    Mutant(
+        'names alone say that files are ours',
+        'secateur/models/atomic.py',
+        'if document["format"].split("/")[0] == format.split("/")[0]:',
+        'if True:',
+        ('tests/models/test_replace.py',),
+    ),
+    Mutant(
+        'what lies where the old folder goes is removed',
+        'secateur/models/atomic.py',
+        'for place in (folder, backup(folder)):',
+        'for place in (folder,):',
+        ('tests/models/test_replace.py',),
+    ),
+    Mutant(
+        'two threads write into one folder',
+        'secateur/models/atomic.py',
+        'secrets.token_hex(6)',
+        'os.getpid()',
+        ('tests/models/test_replace.py',),
+    ),
+    Mutant(
+        'what came while a folder was written is removed',
+        'secateur/models/atomic.py',
+        '_refuse_foreign(folder, marks)  # it may',
+        'pass  # it may',
+        ('tests/models/test_replace.py',),
+    ),
 ]

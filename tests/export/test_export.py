@@ -100,6 +100,16 @@ def test_other_peoples_files_stay(here, tmp_path, saved):
     assert things(tmp_path) == ["notes.txt"] and (saved[0] / "plan.json").is_file()
 
 
+@pytest.mark.parametrize("facts", [None, "[]", '{"files": {"model.pt2": {}}}'])
+def test_a_file_that_has_the_name_of_an_export_is_not_taken_for_one(facts, tmp_path):
+    (tmp_path / "model.pt2").write_text("the only copy")
+    if facts:
+        (tmp_path / "export.json").write_text(facts)
+    with pytest.raises(InputError, match=r"did not write \(.*model.pt2\), going by export.json"):
+        export.pt2(net(), (x(),), tmp_path, how=QUICK)
+    assert (tmp_path / "model.pt2").read_text() == "the only copy"
+
+
 def test_sparse_layers_cannot_be_exported(tmp_path):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     model[0] = sc.runtime.SparseLinear.of(model[0])

@@ -385,7 +385,7 @@ def test_saving_again_replaces_the_folder_and_leaves_no_scraps(result, saved, x)
 def test_a_foreign_folder_is_never_replaced(result, tmp_path):
     (tmp_path / "thesis.txt").write_text("ten years of work")
     (tmp_path / "plan.json").write_text("and how")
-    with pytest.raises(InputError, match=r"1 files that secateur did not write \(thesis.txt\).*\n  Choose another"):
+    with pytest.raises(InputError, match=r"2 files that secateur did not write \(plan.json, thesis.txt\).*\n  Choose another"):
         sc.save(result, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "thesis.txt"]
 

@@ -336,6 +336,15 @@ def test_refusals_keep_the_folder(tmp_path, monkeypatch):
         assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_a_file_that_has_the_name_of_ours_is_not_taken_for_one(tmp_path):
+    needs(WAYS[0])
+    model, args = convolutional()
+    (tmp_path / "model-int8.onnx").write_text("the only copy")
+    with pytest.raises(InputError, match=r"did not write \(model-int8.onnx\), going by quantised.json"):
+        quantise(model, (args, {}), data_of(model, args), tmp_path, how=WAYS[0])
+    assert (tmp_path / "model-int8.onnx").read_text() == "the only copy"
+
+
 def test_files_of_another_runtime_and_no_calibration_rows_are_refused(tmp_path):
     needs(WAYS[0])
     model, args = convolutional()

@@ -7,7 +7,6 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -138,7 +137,8 @@ def export(
     args, kwargs = inputs_on(model, *call)
     check_inputs(args, kwargs)
     exportable(model)
-    ours = _ours(folder)
+    if os.path.isfile(folder / MARK):  # not an error for a name that no folder can have, which is told when it is written
+        raise InputError(f"{folder} holds a pruned model.\n  Choose another folder for the export: -o DIR.")
     made: list[Exported] = []
 
     def fill(fresh: Path) -> None:
@@ -167,7 +167,7 @@ def export(
         made.append(found)
         (fresh / FACTS).write_text(json.dumps(_document(found, files, accepted(model, how.tolerance), how.threads), indent=1) + "\n")
 
-    replace_folder(folder, fill, ours)
+    replace_folder(folder, fill, {FACTS: FORMAT})
     return made[0]
 
 
@@ -201,16 +201,6 @@ def _located(error: ModelError, captured: Captured | None) -> ModelError:
     """The error with the operators that it speaks of and their layers."""
     where = (named(str(error), captured.program) or named_within(str(error), captured.program)) if captured is not None else ""
     return ModelError(f"{error}\n  It speaks of {where}." if where else str(error))
-
-
-def _ours(folder: Path) -> set[str]:
-    """Names that an export in this folder may consist of: those that its facts list."""
-    if os.path.isfile(folder / MARK):  # not an error for a name that no folder can have, which is told when it is written
-        raise InputError(f"{folder} holds a pruned model.\n  Choose another folder for the export: -o DIR.")
-    ours = {FACTS, *NAMES.values()}
-    with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
-        ours |= {name.split("/")[0] for name in json.loads((folder / FACTS).read_text())["files"]}
-    return ours
 
 
 def _document(found: Exported, files: Mapping[str, Any], tolerance: float, threads: int) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def read(folder: str | Path) -> Saved:
     folder = _path(folder)
     if not _is_file(folder / MARK):
         old = backup(folder)
-        hint = f"An interrupted save left the previous version in {old}; rename it." if old.exists() else (
+        hint = f"An interrupted save left the previous version in {old}; rename it." if _is_file(old / MARK) else (
             "Give the folder that save() or `secateur prune -o` wrote."
         )  # fmt: skip
         what = "has no plan.json" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"

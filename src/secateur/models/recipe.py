@@ -109,7 +109,7 @@ def as_module_tensors(document: Mapping[str, Any], tensors: Mapping[str, Tensor]
 def _restore(tensor: Tensor, facts: Mapping[str, Any]) -> Tensor:
     """The tensor in memory of its own (not a window onto the file), laid out as it was when saved. Earlier versions wrote strides that no memory of
     its own can have, of expanded tensors; those are passed over."""
-    stride = facts.get("stride")
+    stride: Any = facts.get("stride")
     laid_out = stride and _gapless(tensor.shape, stride)
     own = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype) if laid_out else torch.empty_like(tensor)
     own.copy_(tensor)

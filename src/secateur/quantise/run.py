@@ -34,7 +34,6 @@ FACTS, FORMAT = "quantised.json", "secateur-quantised/1"
 RUNTIMES: Mapping[str, tuple[Any, str]] = {"onnxruntime": (by_onnxruntime, "onnx"), "openvino": (by_nncf, "openvino")}
 KINDS = ("static", "weights")
 FILES = {"onnx": "model-int8.onnx", "openvino": "model-int8.xml"}
-_OURS = {FACTS, "model-int8.onnx", "model-int8.onnx.data", "model-int8.xml", "model-int8.bin"}
 _UNLABELLED = 64  # test rows where there is no accuracy to measure: outputs may be as wide as a vocabulary
 _SAME = 1e-3  # the float32 file off the model by more than this, relative to the largest output, is another function
 _INT8 = " int8"
@@ -182,7 +181,7 @@ def quantise(
         versions = {name: version(name) for name in ("torch", "numpy", *(("nncf",) if how.runtime == "openvino" else ()))}
         (fresh / FACTS).write_text(json.dumps({"format": FORMAT, **facts, "files": files, "versions": versions}, indent=1) + "\n")
 
-    replace_folder(folder, fill, _OURS)
+    replace_folder(folder, fill, {FACTS: FORMAT})
     return made[0]
 
 
