@@ -1795,4 +1795,11 @@ MUTANTS: list[Mutant] = [
         'pass  # it may',
         ('tests/models/test_replace.py',),
     ),
+    Mutant(
+        'kernels are loaded from a folder that somebody else can write',
+        'secateur/runtime/build.py',
+        ' and found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):',
+        ':',
+        ('tests/runtime/test_build.py',),
+    ),
 ]

@@ -10,8 +10,10 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -52,7 +54,20 @@ def folder() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
     except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir()) / f"secateur-{os.getuid()}"
+        return _without_home()
+
+
+@lru_cache(maxsize=1)
+def _without_home() -> Path:
+    """A folder below the temporary one that nobody else may write to: its name can be guessed, and what lies in it is run. Where somebody was there
+    first, a new one for this process."""
+    path = Path(tempfile.gettempdir()) / f"secateur-{os.getuid()}"
+    with suppress(OSError):
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return path
+    return Path(tempfile.mkdtemp(prefix="secateur-"))
 
 
 def _name() -> str:
