@@ -1747,6 +1747,8 @@ MUTANTS: list[Mutant] = [
         '                    _chance(rows)\n',
         '',
         ("tests/recover/test_generalise.py",),
+    ),
+    Mutant(
         'a reordered copy is looked at with the flags alone',
         'secateur/sparsify.py',
         'args or named for args, named in feeds',
