@@ -888,6 +888,13 @@ MUTANTS: list[Mutant] = [
         ('tests/export/test_odd.py::test_one_output_that_is_no_number_is_enough_to_refuse',),
     ),
     Mutant(
+        'saving keeps what a forward writes',
+        'secateur/models/recipe.py',
+        '    with at_rest(model), untouched(args, kwargs):\n',
+        '    with torch.no_grad():\n',
+        ('tests/models/test_save.py',),
+    ),
+    Mutant(
         'a branch on the number of rows is forgotten',
         'secateur/export/capture.py',
         'if described.dynamic and not _holds(found, model, args, kwargs):',

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import FormatError
-from secateur.measure.run import at_rest
+from secateur.measure.run import at_rest, untouched
 from secateur.models import graph_file
 from secateur.models.example import rebuild
 from secateur.surgery.attributes import Edit
@@ -182,13 +182,11 @@ def same_function(model: nn.Module, known: fx.GraphModule, inputs: Mapping[str, 
     """
     try:
         args, kwargs = rebuild(inputs)
-        with at_rest(known):
-            expected = _outputs(known, args, kwargs)
+        expected = _outputs(known, args, kwargs)
     except Exception:  # inputs that plan.json cannot describe: there is nothing to compare with
         return
     try:
-        with at_rest(model):
-            found = _outputs(model, args, kwargs)
+        found = _outputs(model, args, kwargs)
         said = "" if _alike(expected, found) else "its outputs differ from those of the graph saved with it"
     except Exception as error:  # a user's forward may raise anything
         said = f"it does not run: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
@@ -265,7 +263,8 @@ def captured(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], lengths: 
             with evaluating(model):
                 program = torch.export.export(model, given[0], given[1], dynamic_shapes=shapes, strict=False)
             if doubled:  # a batch of one was widened for the export; it must have come out free
-                _outputs(program.module(check_guards=False), args, kwargs)
+                with at_rest(model):  # the program's tensors are the model's
+                    _outputs(program.module(check_guards=False), args, kwargs)
             return program, ""
         except Exception as error:  # torch.export raises many unrelated types; the last one is kept as the reason
             why = f"torch.export could not follow it: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
@@ -278,10 +277,9 @@ def graph_form(
     """(graph.json's contents, why there are none). The graph is read back and run before it is believed."""
     try:
         form = graph_file.to_json(module)
-        again = graph_file.from_json(form, {name: entry.value for name, entry in tensors.items()})
-        with evaluating(model):
-            expected = _outputs(model, args, kwargs)
-        found = _outputs(again, args, kwargs)
+        own = {id(entry.value): entry.value.detach().clone() for entry in tensors.values()}  # a forward may write into its tensors
+        again = graph_file.from_json(form, {name: own[id(entry.value)] for name, entry in tensors.items()})
+        expected, found = _outputs(model, args, kwargs), _outputs(again, args, kwargs)
     except graph_file.CannotWrite as error:
         return None, f"the graph holds {error}"
     except (FormatError, RuntimeError, TypeError, ValueError) as error:
@@ -292,8 +290,9 @@ def graph_form(
 
 
 def _outputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
-    with torch.no_grad():
-        return [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+    """The tensors that a forward gives; what it wrote into the model and its inputs is put back, so an output is a copy of what stood there."""
+    with at_rest(model), untouched(args, kwargs):
+        return [leaf.clone() for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
