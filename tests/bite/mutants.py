@@ -895,6 +895,13 @@ MUTANTS: list[Mutant] = [
         ('tests/models/test_save.py',),
     ),
     Mutant(
+        'a folder that nothing can load is written',
+        'secateur/models/recipe.py',
+        'if form is None and result.cut.how == "graph":',
+        'if False:',
+        ('tests/models/test_save.py',),
+    ),
+    Mutant(
         'a branch on the number of rows is forgotten',
         'secateur/export/capture.py',
         'if described.dynamic and not _holds(found, model, args, kwargs):',

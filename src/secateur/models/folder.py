@@ -61,12 +61,14 @@ def save(result: Result, folder: str | Path, packed: bool = True, entropy: bool 
         entropy: deflate the places of those weights as well; smaller from about 80 % zeros on, and slower to load.
 
     Returns the folder. The graph goes along when `torch.export` can follow the cut model and the graph read back
-    gives the same outputs bit for bit; otherwise `plan.json` says why it does not, and `load` needs a factory.
+    gives the same outputs bit for bit; otherwise `plan.json` says why it does not, and `load` needs a factory. For outputs of a
+    class of their own the graph returns a tuple (of a namedtuple) or a dict, and `result.notes` says so.
 
     Raises:
         InputError: not a result or not a path, the folder holds something else, or the model is on the meta device and
             has no values.
-        FormatError: the disk is full or not writable. What was there before is unchanged.
+        FormatError: the disk is full or not writable, or the model is a rewritten graph that cannot be written. What was there before is
+            unchanged.
     """
     folder = _path(folder)
     if not isinstance(getattr(result, "model", None), nn.Module) or not hasattr(result, "plan"):
@@ -81,9 +83,7 @@ def save(result: Result, folder: str | Path, packed: bool = True, entropy: bool 
             "  Prune the model with its weights loaded, or keep the plan alone: result.plan.to_json()."
         )
     stored, aliases = recipe.share(tensors)
-    form = None
-    if module is not None:
-        form, why = recipe.graph_form(result.model, module, tensors, args, kwargs)
+    form, why = recipe.graph_of(result, module, tensors, why)
     document = {
         "versions": _versions(),
         "model": type(result.model).__name__,

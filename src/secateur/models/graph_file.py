@@ -14,13 +14,14 @@ import keyword
 import math
 import operator
 import re
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo  # the one way to give a graph its calling convention
-from torch.utils._pytree import treespec_dumps, treespec_loads
+from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
 
 from secateur.errors import FormatError
 
@@ -65,7 +66,7 @@ def to_json(module: fx.GraphModule) -> dict[str, Any]:
             out["call"] = {
                 "arguments": list(info.orig_args),
                 "in": treespec_dumps(info.in_spec),
-                "out": treespec_dumps(info.out_spec) if info.out_spec is not None else None,
+                "out": treespec_dumps(_plain_outputs(info.out_spec)) if info.out_spec is not None else None,
             }
         except (NotImplementedError, TypeError) as error:
             raise CannotWrite(f"inputs or outputs of a type without a registered name: {error}") from error
@@ -97,6 +98,36 @@ def from_json(form: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> f
 def _is_guard(node: fx.Node) -> bool:
     """The input checks torch adds to an unlifted module: they hold Python code, and forward itself needs none."""
     return node.op == "call_module" and node.target == "_guards_fn"
+
+
+def own_outputs(module: fx.GraphModule) -> list[str]:
+    """Names of the classes among the outputs in whose place the written graph returns a plain container."""
+    codegen = module.graph._codegen
+    spec = codegen.pytree_info.out_spec if isinstance(codegen, _PyTreeCodeGen) else None
+    return [] if spec is None else list(dict.fromkeys(_own(spec, _plain_outputs(spec))))
+
+
+def _own(spec: TreeSpec, plain: TreeSpec) -> Iterable[str]:
+    if spec.type is not plain.type:
+        yield spec.context.__name__ if spec.type is namedtuple else spec.type.__name__
+    for i in range(spec.num_children):
+        yield from _own(spec.child(i), plain.child(i))
+
+
+def _plain_outputs(spec: TreeSpec) -> TreeSpec:
+    """The same leaves in containers that any process has: a namedtuple as a tuple, fields of another class as a dict. A class that does not name
+    its fields stays, and is refused."""
+    if spec.type is None:
+        return spec
+    children = [_plain_outputs(spec.child(i)) for i in range(spec.num_children)]
+    if spec.type is namedtuple:
+        return TreeSpec(tuple, None, children)
+    if f"{spec.type.__module__}.{spec.type.__name__}" not in _CONTAINERS and spec.type.__module__.split(".")[0] != "transformers":
+        held = spec.context if isinstance(spec.context, list) else []
+        for names in (held, *held):  # those of a dataclass stand beside the fields that are None, of a defaultdict beside its factory
+            if isinstance(names, list) and len(names) == len(children) and all(isinstance(n, str) for n in names):
+                return TreeSpec(dict, names, children)
+    return TreeSpec(spec.type, spec.context, children)
 
 
 def _node_to_json(module: fx.GraphModule, node: fx.Node) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +19,9 @@ from secateur.models.example import rebuild
 from secateur.surgery.attributes import Edit
 from secateur.surgery.fixed import hold_inputs
 from secateur.trace.capture import evaluating
+
+if TYPE_CHECKING:
+    from secateur.prune import Result
 
 Dim = torch.export.Dim
 
@@ -269,6 +272,25 @@ def captured(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], lengths: 
         except Exception as error:  # torch.export raises many unrelated types; the last one is kept as the reason
             why = f"torch.export could not follow it: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
     return None, why
+
+
+def graph_of(result: Result, module: fx.GraphModule | None, tensors: Mapping[str, Entry], why: str) -> tuple[dict[str, Any] | None, str]:
+    """(graph.json's contents, why there are none) for what `exported` gave. Outputs that come back as plain containers are told in the notes.
+
+    Raises FormatError if there are none for a rewritten graph, which nothing else could load.
+    """
+    form, (args, kwargs) = None, result.graph.program.example_inputs or ((), {})
+    if module is not None:
+        form, why = graph_form(result.model, module, tensors, args, kwargs)
+    if form is None and result.cut.how == "graph":
+        raise FormatError(
+            f"The model was not saved: its cut rewrote its graph, and that graph cannot be written: {why}.\n"
+            "  Let forward() take and return tensors in tuples, lists and dicts, or keep the model itself: torch.save(result.model, path)."
+        )
+    if form is not None and module is not None and (own := graph_file.own_outputs(module)):
+        said = f"a saved folder holds no classes: the graph in it returns tuples or dicts for {', '.join(own)}"
+        result.notes += [said] if said not in result.notes else []
+    return form, why
 
 
 def graph_form(
