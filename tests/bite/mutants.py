@@ -888,6 +888,13 @@ MUTANTS: list[Mutant] = [
         ('tests/export/test_odd.py::test_one_output_that_is_no_number_is_enough_to_refuse',),
     ),
     Mutant(
+        'a length that the program does not take counts as free',
+        'secateur/export/capture.py',
+        'if described.lengths[1] and not _holds(',
+        'if False and not _holds(',
+        ('tests/export/test_odd.py',),
+    ),
+    Mutant(
         'saving keeps what a forward writes',
         'secateur/models/recipe.py',
         '    with at_rest(model), untouched(args, kwargs):\n',
@@ -904,8 +911,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         'a branch on the number of rows is forgotten',
         'secateur/export/capture.py',
-        'if described.dynamic and not _holds(found, model, args, kwargs):',
-        'if False:',
+        'if described.dynamic and not _holds(',
+        'if False and not _holds(',
         ('tests/export/test_odd.py::test_a_batch_that_capturing_decides_on_is_written_in_and_said',),
     ),
     Mutant(

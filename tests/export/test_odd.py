@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import secateur as sc
 from secateur import export
 from secateur.cli import main
 from secateur.errors import FormatError, InputError, ModelError
@@ -68,6 +69,85 @@ def test_a_batch_that_capturing_decides_on_is_written_in_and_said(here, tmp_path
     done = export.pt2(Calls(function), (x,), tmp_path / "p", how=export.How(rounds=0, batches=(1, 3)))
     assert not done.dynamic and [row.batch for row in done.deviations] == [rows] and any("could not keep the batch free" in n for n in done.notes)
     assert torch.allclose(torch.export.load(done.path).module()(x), Calls(function)(x), atol=1e-6)
+
+
+class Reads(nn.Module):
+    """A convolution over five tokens without padding; `last` looks at the last of them alone, by its number."""
+
+    def __init__(self, last=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.conv, self.head, self.last = nn.Embedding(40, 16), nn.Conv1d(16, 16, 5), nn.Linear(16, 4), last
+
+    def forward(self, ids):
+        x = self.embed(ids).transpose(1, 2)
+        x = self.conv(x * x.shape[1] ** -0.5).relu()
+        return self.head(x[:, :, ids.shape[1] - 5] if self.last else x.amax(2))
+
+
+def test_the_fewest_tokens_are_said_and_more_are_tried(here, tmp_path):
+    model, ids = Reads(), torch.randint(40, (2, 10))
+    done = export.pt2(model, (ids,), tmp_path / "p", how=export.How(rounds=0, batches=(1,)))
+    assert [(row.batch, row.tokens) for row in done.deviations] == [(2, 10), (1, 10), (2, 6), (2, 15)] and done.deviation < 1e-6
+    assert "rows of fewer than 5 tokens are not taken" in done.notes and not any("no more" in note for note in done.notes)
+    longer = torch.randint(40, (3, 23))
+    assert torch.allclose(torch.export.load(done.path).module()(longer), model(longer), atol=1e-6)
+
+
+def test_a_length_that_is_a_number_of_the_graph_is_written_in(here, tmp_path):
+    """A rewritten graph reads the tenth token however many there are; longer rows would come out wrong, and be taken."""
+    ids = torch.randint(40, (2, 10))
+    cut = sc.prune(Reads(last=True), (ids,), sc.MACs(at_most="60%"))
+    assert cut.cut.how == "graph"
+    for model in (cut.model, Reads(last=True)):  # its class reads the length
+        done = export.pt2(model, (ids,), tmp_path / "p", how=export.How(rounds=0, batches=(1,)))
+        taken = torch.export.load(done.path).module()
+        assert torch.allclose(taken(ids), model(ids), atol=1e-6) and done.dynamic
+        assert any("10 tokens, no more and no less" in note for note in done.notes) is (model is cut.model)
+        longer = torch.randint(40, (2, 17))
+        if model is cut.model:
+            assert {row.tokens for row in done.deviations} == {10}
+            with pytest.raises((RuntimeError, AssertionError)):
+                taken(longer)
+        else:
+            assert torch.allclose(taken(longer), model(longer), atol=1e-6)
+
+
+def test_a_length_that_the_program_refuses_is_written_in(here, tmp_path):
+    """torch.export keeps a branch on odd lengths as an assertion, which no range of lengths tells of."""
+
+    class Turns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(40, 16)
+
+        def forward(self, ids):
+            return self.embed(ids).cumsum(1) * (1 if ids.shape[1] % 2 == 0 else -1)
+
+    done = export.pt2(Turns(), (torch.randint(40, (2, 10)),), tmp_path / "p", how=export.How(rounds=0, batches=(1,)))
+    assert done.dynamic and [(row.batch, row.tokens) for row in done.deviations] == [(2, 10), (1, 10)]
+    assert any("10 tokens, no more and no less" in note for note in done.notes)
+
+
+def test_an_export_leaves_what_a_forward_writes(here, tmp_path):
+    """In the model and in the file; one row, which the export doubles."""
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(20, 4, max_norm=0.5)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, ids):
+            self.calls += 1
+            return self.embed(ids) + self.calls
+
+    model = Counts()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    done = export.pt2(model, (torch.arange(10).view(1, 10),), tmp_path / "p", how=export.How(rounds=0, batches=(2,)))
+    held = torch.export.load(done.path).state_dict
+    assert all(torch.equal(model.state_dict()[name], value) and torch.equal(held[name], value) for name, value in before.items())
+    assert done.dynamic  # the program is compared with the model in the state of before
 
 
 def test_of_inputs_to_check_with_those_of_a_written_in_batch_are_used(here, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import InputError, ModelError
-from secateur.export.capture import plain
+from secateur.export.capture import has_tokens, of_other_lengths, plain
 from secateur.export.runner import RUNTIMES, Call, File, Run, run
 from secateur.measure.run import at_rest, batch_of, forward, inputs_on
 from secateur.measure.runtimes import rows
@@ -42,17 +42,14 @@ def calls_of(args: tuple, kwargs: Mapping[str, Any], batches: Sequence[int]) -> 
 def tokens_of(call: Call) -> int | None:
     """The length of inputs that are all whole numbers (rows, tokens); None for others."""
     tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
-    lengths = {t.shape[1] for t in tensors if t.dim() == 2 and not t.is_floating_point()}
-    return lengths.pop() if len(lengths) == 1 and all(t.dim() == 2 and not t.is_floating_point() for t in tensors) else None
+    lengths = {t.shape[1] for t in tensors if has_tokens(t)}
+    return lengths.pop() if len(lengths) == 1 and all(has_tokens(t) for t in tensors) else None
 
 
-def shorter(call: Call) -> list[Call]:
-    """The call with half of its tokens; nothing where there are none to leave out."""
+def other_lengths(call: Call, lengths: tuple[int, float] | None) -> list[Call]:
+    """The call with other numbers of tokens, within those that the file takes (`Captured.lengths`); where nobody knows those, with fewer."""
     length = tokens_of(call)
-    if length is None or length < 4:
-        return []
-    args, kwargs = tree_map_only(Tensor, lambda t: t[:, : length // 2], (call[0], dict(call[1])))
-    return [(args, kwargs)]
+    return [] if length is None or lengths == (0, 0) else of_other_lengths(call, *(lengths or (2, length)))
 
 
 def _turned(call: Call, have: int, wanted: int) -> Call:

@@ -18,7 +18,7 @@ from torch import nn
 from secateur.errors import InputError, ModelError, SecateurError
 from secateur.export import to_executorch, to_hf, to_onnx, to_openvino, to_pt2
 from secateur.export.capture import Captured, capture, check_inputs, exportable, named, named_within
-from secateur.export.check import Deviation, accepted, calls_of, checked, runnable, shorter, tokens_of
+from secateur.export.check import Deviation, accepted, calls_of, checked, other_lengths, runnable, tokens_of
 from secateur.export.runner import Call, File, race, run
 from secateur.measure.latency import Comparison
 from secateur.measure.run import batch_of, inputs_on
@@ -115,9 +115,12 @@ def write(format: str, model: nn.Module, call: Call, folder: Path) -> tuple[Writ
         file = {"onnx": to_onnx.write, "openvino": to_openvino.write, "pt2": to_pt2.write}[format](captured, path)
     if not captured.dynamic and format != "executorch":
         notes.append("torch.export could not keep the batch free: the file takes that of the example inputs")
-    if 0 < captured.lengths < 2**31:
-        notes.append(f"a row has {captured.lengths:.0f} tokens at most")
-    if not captured.lengths and tokens_of(call) is not None:
+    fewest, most = captured.lengths
+    if fewest > 2:
+        notes.append(f"rows of fewer than {fewest} tokens are not taken")
+    if 0 < most < 2**31:
+        notes.append(f"a row has {most:.0f} tokens at most")
+    if not most and tokens_of(call) is not None:
         notes.append(f"a row has {tokens_of(call)} tokens, no more and no less, as the inputs have; --input 1x128:int64<1000 sets another length")
     return (file, captured.dynamic, notes), captured
 
@@ -146,7 +149,7 @@ def export(
         (file, dynamic, notes), captured = write(format, model, (args, kwargs), fresh)
         files = _files(fresh)
         calls = list(how.calls) or calls_of(args, kwargs, how.batches)
-        calls += shorter(calls[0]) if captured is None or captured.lengths else []
+        calls += other_lengths(calls[0], captured.lengths if captured is not None else None)
         if not dynamic:  # of the calls given those of the batch that is written in
             calls = [c for c in how.calls if batch_of(*c) == batch_of(args, kwargs)] or [(args, kwargs)]
             if (left := len(how.calls) - len(calls)) > 0:
