@@ -155,3 +155,26 @@ def test_a_class_that_does_the_same_by_other_ops_is_kept(then):
     if done.how == "attributes":
         assert type(done.model) is Shared and done.model.repeats == 1
         torch.testing.assert_close(done.model(X), done.predicted(X))
+
+
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_a_recurrent_cell_knows_its_cut_sizes(kind):
+    """It makes a state of `hidden_size` where none is given."""
+
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.cell, self.last = nn.Linear(6, 16), kind(16, 32), nn.Linear(32, 3)
+
+        def forward(self, x, state=None):
+            state = None if state is None else tuple(state) if kind is nn.LSTMCell else state[0]
+            for step in self.first(x).tanh().unbind(1):
+                state = self.cell(step, state)
+            return self.last(state[0] if kind is nn.LSTMCell else state)
+
+    torch.manual_seed(0)
+    result = prune(Steps().eval(), (torch.randn(2, 4, 6),), MACs(at_most="50%"))
+    cell = result.model.cell
+    assert result.cut.how == "attributes" and cell.hidden_size == cell.weight_hh.shape[1] < 32 and cell.input_size == cell.weight_ih.shape[1] < 16
+    given = cell(torch.randn(2, cell.input_size))
+    assert (given[0] if kind is nn.LSTMCell else given).shape == (2, cell.hidden_size)

@@ -61,6 +61,8 @@ def standard(m: nn.Module, changed: list[Change]) -> dict[str, Any] | None:
     if isinstance(m, nn.RNNBase):
         out = {"input_size": m.weight_ih_l0.shape[1], "hidden_size": m.weight_hh_l0.shape[0] // _gates(m)}
         return {**out, "proj_size": m.weight_hr_l0.shape[0]} if m.proj_size else out
+    if isinstance(m, nn.RNNCellBase):
+        return {"input_size": m.weight_ih.shape[1], "hidden_size": m.weight_hh.shape[1]}
     if isinstance(m, nn.PReLU):
         return {"num_parameters": weight.shape[0]}
     return None
