@@ -909,6 +909,13 @@ MUTANTS: list[Mutant] = [
         ('tests/models/test_save.py',),
     ),
     Mutant(
+        'averages that only training reads go unsaid',
+        'secateur/surgery/unread.py',
+        'and lost & set(buffer.shape)',
+        'and False',
+        ('tests/surgery/test_unread.py',),
+    ),
+    Mutant(
         'a branch on the number of rows is forgotten',
         'secateur/export/capture.py',
         'if described.dynamic and not _holds(',

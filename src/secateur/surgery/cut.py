@@ -23,6 +23,7 @@ from secateur.surgery.constants import new_shape
 from secateur.surgery.fixed import hold_batch
 from secateur.surgery.oplog import first_difference, op_log, outputs_in_float64, reads
 from secateur.surgery.predict import Prediction, cut_tensor, predict
+from secateur.surgery.unread import unread
 from secateur.trace import Graph
 from secateur.trace.call import op_name, shape_of
 from secateur.trace.capture import capture
@@ -99,7 +100,7 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "", valu
             f"the predicted graph of {type(model).__name__} does not run: {error}.\n  Nothing was changed. "
             "This is a fault of secateur: please report the model; ignore= the layers named above to go on without them."
         ) from error
-    kept = _kept(graph, keep)
+    kept, back = _kept(graph, keep), list[Edit]()
     why = refuse_class
     if not why:
         try:
@@ -115,7 +116,7 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "", valu
         if not why and reads(trial, state.values(), args, kwargs):
             why = "forward() calls a function kept as an attribute, which goes on with the tensors of the original in a copy"
         if not why:
-            edits = _needed(trial, edits, graph, prediction.module)
+            edits, back = _needed(trial, edits, graph, prediction.module)
     if why:
         free = predict(graph, plan.keep, state, free_batch=True).module
         refused = batch_is_free(free, prediction.module, args, kwargs)
@@ -124,7 +125,7 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "", valu
             prediction.module.recompile()
         notes = [TRAINING] + ([f"the rewritten graph takes only the batch size of the example inputs: {refused}"] if refused else [])
         return Cut(prediction.module if refused else free, "graph", why, [], kept, prediction.module, notes + beside)
-    return Cut(trial, "attributes", "", edits, kept, prediction.module, _unread(graph))
+    return Cut(trial, "attributes", "", edits, kept, prediction.module, unread(trial, graph, kept, back))
 
 
 def _with_blocks(graph: Graph, plan: Plan) -> list[str]:
@@ -139,18 +140,6 @@ def _with_blocks(graph: Graph, plan: Plan) -> list[str]:
         return []
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return [f"with the blocks that go ({len(gone)}) goes what only they read: {', '.join(names[:4])}{more}"]
-
-
-def _unread(graph: Graph) -> list[str]:
-    """A note on parameters that the captured forward never reads, such as those of a head that runs in training only."""
-    capture = graph.capture
-    first = {name: capture.aliases.get(name, name) for name in capture.trainable}
-    read = {first.get(capture.tensors[n.name]) for n in capture.graph.nodes if n.op == "placeholder" and n.name in capture.tensors and n.users}
-    names = sorted(name for name, one in first.items() if one not in read)
-    if not names:
-        return []
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return [f"forward() in eval mode never reads {', '.join(names[:4])}{more}: left as they are, they may no longer fit what feeds them in training"]
 
 
 def _belongs_together(state: dict[str, torch.Tensor], graph: Graph) -> None:
@@ -249,12 +238,13 @@ def same_values(trial: nn.Module, predicted: nn.Module, args: tuple, kwargs: dic
     return same(args, kwargs) and (noise is None or same(*noise))
 
 
-def _needed(trial: nn.Module, edits: list[Edit], graph: Graph, predicted: nn.Module) -> list[Edit]:
-    """Edits without those that make no difference: a number that happens to equal a width (a longest length, a limit)
-    must keep its value. Those of standard layers stay; the others are taken back one attribute name at a time."""
+def _needed(trial: nn.Module, edits: list[Edit], graph: Graph, predicted: nn.Module) -> tuple[list[Edit], list[Edit]]:
+    """Edits without those that make no difference, and these: a number that happens to equal a width (a longest length, a
+    limit) must keep its value. Those of standard layers stay; the others are taken back one attribute name at a time."""
     args, kwargs = graph.capture.program.example_inputs
     wanted = op_log(trial, args, kwargs)  # the graph's, or that of other ops which do the same
     custom: dict[tuple[type, str], list[Edit]] = {}
+    needless: list[Edit] = []
     for e in edits:
         owner = trial.get_submodule(e.module)
         if attributes.standard(owner, []) is None:
@@ -271,10 +261,10 @@ def _needed(trial: nn.Module, edits: list[Edit], graph: Graph, predicted: nn.Mod
             unchanged = not _captures(trial, graph)
             attributes.apply(trial, back)
         if unchanged:
-            edits = [e for e in edits if e not in same]
+            needless += same
         else:
             attributes.apply(trial, same)
-    return edits
+    return [e for e in edits if e not in needless], needless
 
 
 def _captures(trial: nn.Module, graph: Graph) -> bool:
