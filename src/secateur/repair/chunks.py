@@ -120,7 +120,7 @@ def _rows(data: Iterable[Any], example: tuple[tuple, Mapping], most: int, model:
         if not all(t.dim() and t.shape[0] == n for t in tensors):
             raise DataError(
                 f"an input of {shapes(found, named)} has no row for each of the {n} samples, so it cannot be split.\n"
-                "  Give inputs whose first dimension is the batch, or use repair='batch_norm'."
+                "  Give inputs whose first dimension is the batch, or rank by the weights alone: prune(score='l2'), sparsify() without data."
             )
         if any(bool(t.isnan().any()) for t in tensors if t.is_floating_point()):
             raise DataError(f"batch {number} of data, {shapes(found, named)}, holds NaN.\n  Leave such rows out.")

@@ -59,7 +59,7 @@ def sources(graph: fx.Graph) -> dict[fx.Node, dict[fx.Node, fx.Node]]:
             if value in views:
                 raise InputError(
                     f"{op_name(node)} ({node.name}) writes in place into a view, so its value cannot be followed out of order.\n"
-                    "  Write it as an expression, or use repair='batch_norm'."
+                    "  Write it as an expression, or rank by the weights alone: prune(score='l2'), sparsify() without data."
                 )
             for reader, real in list(now.items()):
                 if real is now.get(value, value):
