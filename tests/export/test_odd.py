@@ -179,11 +179,12 @@ def test_the_command_refuses_them_before_it_loads_a_model(capsys):
 
 
 @pytest.mark.parametrize("facts", ["{}", "[]", "{", '{"files": 3}'])
-def test_an_odd_export_json_is_replaced_with_the_rest(here, tmp_path, facts):
+def test_an_export_json_that_is_not_ours_is_not_replaced(here, tmp_path, facts):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "export.json").write_text(facts)
-    export.pt2(nn.Linear(4, 4), (torch.randn(2, 4),), tmp_path / "p", how=export.How(rounds=0, batches=()))
-    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["export.json", "model.pt2"]
+    with pytest.raises(InputError, match="did not write"):
+        export.pt2(nn.Linear(4, 4), (torch.randn(2, 4),), tmp_path / "p", how=export.How(rounds=0, batches=()))
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["export.json"] and (tmp_path / "p" / "export.json").read_text() == facts
 
 
 def test_a_name_that_no_folder_can_have(tmp_path):
