@@ -664,6 +664,13 @@ MUTANTS: list[Mutant] = [
         ('tests/runtime/test_layers.py::test_what_is_added_has_a_derivative',),
     ),
     Mutant(
+        'a sparse convolution takes images of any number of channels',
+        'secateur/runtime/csrc/ops.cpp',
+        'STD_TORCH_CHECK(taps == columns,',
+        'STD_TORCH_CHECK(taps >= 0,',
+        ('tests/runtime/test_stands_for_dense.py',),
+    ),
+    Mutant(
         'every epoch has the order of the first',
         'secateur/recover/loop.py',
         'batches = self.order.epoch(number, begin)',

@@ -47,7 +47,7 @@ def linear(layout, x, bias=None, relu=False, isa=0):
 
 def conv(layout, x, window, bias=None, relu=False, isa=0, plus=None):
     return torch.ops.secateur.sparse_conv2d(
-        x, layout.values, layout.index, layout.starts, bias, plus, layout.rows, layout.r, layout.set, relu, window, isa
+        x, layout.values, layout.index, layout.starts, bias, plus, layout.rows, layout.columns, layout.r, layout.set, relu, window, isa
     )  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def test_windows_that_cannot_be_counted_are_refused(window):
     empty = torch.zeros(2, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="secateur"):
         torch.ops.secateur.sparse_conv2d(
-            torch.randn(1, 1, 1, 1), torch.zeros(0, 1), torch.zeros(0, dtype=torch.int16), empty, None, None, 1, 1, 2, False, window
+            torch.randn(1, 1, 1, 1), torch.zeros(0, 1), torch.zeros(0, dtype=torch.int16), empty, None, None, 1, 1, 1, 2, False, window
         )  # fmt: skip
 
 
@@ -245,9 +245,9 @@ def test_sizes_that_cannot_be_counted_are_refused(rows):
 
 def test_steps_of_a_chain_that_name_what_is_not_there_are_refused():
     layout, x = Layout.of(matrix(4, 27, 0.5, 1), 1), torch.randn(1, 3, 5, 5)
-    weights, step = [layout.values, layout.index, layout.starts], [0, -1, 0, 1, 2, -1, 4, 1, layout.set, 0, 3, 3, 1, 1, 1, 1, 1, 1]
+    weights, step = [layout.values, layout.index, layout.starts], [0, -1, 0, 1, 2, -1, 4, 27, 1, layout.set, 0, 3, 3, 1, 1, 1, 1, 1, 1]
     (found,) = torch.ops.secateur.sparse_chain([x], weights, step, [1])
-    torch.testing.assert_close(found, conv(layout, x, step[10:]), rtol=0, atol=0)
+    torch.testing.assert_close(found, conv(layout, x, step[11:]), rtol=0, atol=0)
     for place, wrong in ((0, 1), (0, -1), (1, 5), (2, 3), (3, -2), (5, 3)):
         with pytest.raises(RuntimeError, match="secateur"):
             torch.ops.secateur.sparse_chain([x], weights, [wrong if i == place else n for i, n in enumerate(step)], [1])

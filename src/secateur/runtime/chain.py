@@ -41,7 +41,8 @@ class Chain(nn.Module):
         for layer, (source, plus) in zip(layers, self.steps, strict=True):
             n, (values, index, starts, bias) = len(weights), layer.tensors()
             weights += [values, index, starts, *([] if bias is None else [bias])]
-            steps += [source, plus, n, n + 1, n + 2, -1 if bias is None else n + 3, layer.rows, layer.r, layer.set, layer.relu, *layer.window]
+            steps += [source, plus, n, n + 1, n + 2, -1 if bias is None else n + 3]
+            steps += [layer.rows, layer.columns, layer.r, layer.set, layer.relu, *layer.window]
         return weights, steps
 
 

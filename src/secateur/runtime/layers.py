@@ -117,7 +117,8 @@ class SparseConv2d(SparseLayer):
         values, index, starts, bias = self.tensors()
         if takes(x, values) and (plus is None or plus.dtype == x.dtype):
             added = None if plus is None else plus.contiguous()
-            return torch.ops.secateur.sparse_conv2d(x.contiguous(), values, index, starts, bias, added, self.rows, self.r, self.set, self.relu, w)
+            shape = self.rows, self.columns, self.r, self.set
+            return torch.ops.secateur.sparse_conv2d(x.contiguous(), values, index, starts, bias, added, *shape, self.relu, w)
         weight = self.matrix().view(self.rows, -1, *w[:2]).to(x.dtype)
         return self._ended(F.conv2d(x, weight, None if self.bias is None else self.bias.to(x.dtype), w[2:4], w[4:6], w[6:8]), plus)
 

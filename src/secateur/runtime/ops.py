@@ -62,29 +62,34 @@ def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -
 
 
 def _linear_shape(x: Tensor, *others: Any) -> Tensor:
-    rows = others[4]  # after values, index, starts, bias
+    rows, columns = others[4:6]  # after values, index, starts, bias
+    torch._check(x.shape[-1] == columns, lambda: f"secateur: expected x to have {columns} columns, but it has {x.shape[-1]}")
     return x.new_empty((*x.shape[:-1], rows))
 
 
 def _conv_shape(x: Tensor, *others: Any) -> Tensor:
-    rows, window = others[5], others[9]  # after values, index, starts, bias, plus
-    high, wide = (out_size(x.shape[2 + i], *window[i::2]) for i in range(2))
-    return x.new_empty((x.shape[0], rows, high, wide))
+    rows, columns, window = others[5], others[6], others[10]  # after values, index, starts, bias, plus
+    channels = columns // (window[0] * window[1])
+    torch._check(x.shape[1] == channels, lambda: f"secateur: expected x to have {channels} channels, but it has {x.shape[1]}")
+    return x.new_empty((x.shape[0], rows, *_out_sizes(x, window)))
+
+
+def _out_sizes(x: Tensor, window: list[int]) -> list[int]:
+    return [out_size(x.shape[2 + i], *window[i::2]) for i in range(2)]
 
 
 def _pool_shape(x: Tensor, window: list[int], isa: int = 0) -> Tensor:
-    return _conv_shape(x, *[None] * 5, x.shape[1], None, None, None, window)
+    return x.new_empty((*x.shape[:2], *_out_sizes(x, window)))
 
 
-STEP = 18  # numbers of a step of a chain: source, plus, values, index, starts, bias, rows, r, set, relu, window
+STEP = 19  # numbers of a step of a chain: source, plus, values, index, starts, bias, rows, columns, r, set, relu, window
 
 
 def _chain_shapes(given: list[Tensor], weights: list[Tensor], steps: list[int], results: list[int]) -> list[Tensor]:
     values = list(given)
     for at in range(0, len(steps), STEP):
-        source, rows, window = steps[at], steps[at + 6], steps[at + 10 : at + STEP]
-        x = values[source]
-        values.append(_conv_shape(x, *[None] * 5, rows, None, None, None, window))
+        source, (rows, columns), window = steps[at], steps[at + 6 : at + 8], steps[at + 11 : at + STEP]
+        values.append(_conv_shape(values[source], *[None] * 5, rows, columns, None, None, None, window))
     return [values[i] for i in results]
 
 
@@ -108,9 +113,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 def _keep_conv(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, values, index, starts, bias, plus, rows, r, size, relu, window = inputs[:11]
+    x, values, index, starts, bias, plus, rows, columns, r, size, relu, window = inputs[:12]
     ctx.save_for_backward(x, values, index, starts, output if relu else None)
-    ctx.shape, ctx.window = (rows, x.shape[1] * window[0] * window[1], r, size), list(window)
+    ctx.shape, ctx.window = (rows, columns, r, size), list(window)
     ctx.has_bias, ctx.has_plus, ctx.others = bias is not None, plus is not None, len(inputs) - 6
 
 

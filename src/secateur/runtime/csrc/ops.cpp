@@ -115,11 +115,12 @@ Window windowed(const Tensor& x, const int64_t* window) {
 }
 
 Tensor convolved(const Tensor& x, const Tensor& values, const Tensor& index, const Tensor& starts, const std::optional<Tensor>& bias,
-                 const std::optional<Tensor>& plus, int64_t rows, int64_t r, int64_t set, bool relu, const int64_t* window, int64_t isa) {
+                 const std::optional<Tensor>& plus, int64_t rows, int64_t columns, int64_t r, int64_t set, bool relu, const int64_t* window, int64_t isa) {
   check(x, ScalarType::Float, "x");
   const Window w = windowed(x, window);
-  int64_t columns;
-  STD_TORCH_CHECK(!__builtin_mul_overflow(w.channels, w.kernel_h * w.kernel_w, &columns), "secateur: no such window");
+  int64_t taps;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(w.channels, w.kernel_h * w.kernel_w, &taps), "secateur: no such window");
+  STD_TORCH_CHECK(taps == columns, "secateur: expected x to have ", columns / (w.kernel_h * w.kernel_w), " channels, but it has ", w.channels);
   const Matrix m = matrix(values, index, starts, bias, rows, columns, r, set, relu);
   const int64_t buffer = best().conv_buffer(w);
   STD_TORCH_CHECK(buffer >= 0 && buffer < INT32_MAX - TILE, "secateur: the image is too large");
@@ -142,10 +143,10 @@ Tensor convolved(const Tensor& x, const Tensor& values, const Tensor& index, con
   return y;
 }
 
-Tensor sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, std::optional<Tensor> bias, std::optional<Tensor> plus, int64_t rows, int64_t r,
-                     int64_t set, bool relu, std::vector<int64_t> window, int64_t isa) {
+Tensor sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, std::optional<Tensor> bias, std::optional<Tensor> plus, int64_t rows,
+                     int64_t columns, int64_t r, int64_t set, bool relu, std::vector<int64_t> window, int64_t isa) {
   STD_TORCH_CHECK(window.size() == 8, "secateur: the window has kernel, stride, padding and dilation");
-  return convolved(x, values, index, starts, bias, plus, rows, r, set, relu, window.data(), isa);
+  return convolved(x, values, index, starts, bias, plus, rows, columns, r, set, relu, window.data(), isa);
 }
 
 Tensor max_pool2d(Tensor x, std::vector<int64_t> window, int64_t isa) {
@@ -164,7 +165,7 @@ Tensor max_pool2d(Tensor x, std::vector<int64_t> window, int64_t isa) {
 
 // What one convolution of a chain is: numbers of values (those given first, then the outputs one after the other; -1: none) and of weights.
 struct Step {
-  int64_t source, plus, values, index, starts, bias, rows, r, set, relu, window[8];
+  int64_t source, plus, values, index, starts, bias, rows, columns, r, set, relu, window[8];
 };
 
 // Convolutions one after the other: where images are small, calling each by itself takes longer than what it computes.
@@ -181,7 +182,7 @@ std::vector<Tensor> sparse_chain(std::vector<Tensor> given, std::vector<Tensor> 
     Step s;
     std::memcpy(&s, steps.data() + at, sizeof(Step));
     values.push_back(convolved(one(values, s.source), one(weights, s.values), one(weights, s.index), one(weights, s.starts), maybe(weights, s.bias),
-                               maybe(values, s.plus), s.rows, s.r, s.set, s.relu, s.window, 0));
+                               maybe(values, s.plus), s.rows, s.columns, s.r, s.set, s.relu, s.window, 0));
   }
   std::vector<Tensor> found;
   for (const int64_t i : results) found.push_back(one(values, i));
@@ -230,8 +231,8 @@ STABLE_TORCH_LIBRARY(secateur, m) {
   m.def("sparse_decode(Tensor x, Tensor values, Tensor masks, Tensor starts, Tensor? bias, int rows, int columns, int isa=0) -> Tensor");
   m.def("sparse_linear(Tensor x, Tensor values, Tensor index, Tensor starts, Tensor? bias, int rows, int columns, int r, int set, bool relu, int isa=0) "
         "-> Tensor");
-  m.def("sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, Tensor? bias, Tensor? plus, int rows, int r, int set, bool relu, int[] window, "
-        "int isa=0) -> Tensor");
+  m.def("sparse_conv2d(Tensor x, Tensor values, Tensor index, Tensor starts, Tensor? bias, Tensor? plus, int rows, int columns, int r, int set, bool relu, "
+        "int[] window, int isa=0) -> Tensor");
   m.def("max_pool2d(Tensor x, int[] window, int isa=0) -> Tensor");
   m.def("sparse_chain(Tensor[] given, Tensor[] weights, int[] steps, int[] results) -> Tensor[]");
 }
