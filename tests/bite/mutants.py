@@ -671,6 +671,13 @@ MUTANTS: list[Mutant] = [
         ('tests/runtime/test_stands_for_dense.py',),
     ),
     Mutant(
+        'forward-mode derivatives through sparse layers are zero',
+        'secateur/runtime/ops.py',
+        '    return forward_ad._current_level >= 0 or _in_functorch()\n',
+        '    return _in_functorch()\n',
+        ('tests/runtime/test_stands_for_dense.py',),
+    ),
+    Mutant(
         'every epoch has the order of the first',
         'secateur/recover/loop.py',
         'batches = self.order.epoch(number, begin)',

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
-from secateur.runtime import sparse
-from secateur.runtime.chain import Chain
+from secateur.runtime import DecodeLinear, sparse
+from secateur.runtime.chain import Chain, max_pool
 from tests.runtime.test_layers import zeroed
 
 
@@ -24,3 +25,62 @@ def test_another_number_of_channels_is_refused(kernels, channels):
         sparse(nn.Conv1d(3, 8, 3))(torch.randn(2, channels, 9))
     with pytest.raises(RuntimeError, match="columns"):
         torch.export.export(sparse(nn.Linear(3, 8)), (torch.randn(2, channels),))
+
+
+def conv():
+    return zeroed(nn.Conv2d(3, 8, 3, padding=1))
+
+
+def made_two():
+    """A convolution and a pooling as they are in a folded graph, and as torch has them."""
+    dense = conv()
+    chain = Chain({"a": sparse(dense)}, [(0, -1)], [1])
+    return lambda x: max_pool(chain(x)[0], (2, 2, 2, 2, 0, 0, 1, 1)), nn.Sequential(dense, nn.MaxPool2d(2))
+
+
+def made(form, dense):
+    return form(dense), dense
+
+
+FORMS = {
+    "linear": (lambda: made(sparse, zeroed(nn.Linear(20, 12))), (2, 20)),
+    "bits": (lambda: made(DecodeLinear.of, zeroed(nn.Linear(20, 12))), (2, 20)),
+    "convolution": (lambda: made(sparse, conv()), (2, 3, 6, 5)),
+    "chain and pooling": (made_two, (2, 3, 6, 5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forward_mode_derivatives_and_transforms_are_those_of_the_dense_layer(kernels, name):
+    torch.manual_seed(0)
+    make, shape = FORMS[name]
+    (layer, dense), x, along = make(), torch.randn(shape), torch.randn(shape)
+
+    def tangent(f):
+        with torch.no_grad(), forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, along))).tangent
+
+    asked = {
+        "jvp": lambda f: torch.func.jvp(f, (x,), (along,))[1], "a dual number": tangent, "jacfwd": lambda f: torch.func.jacfwd(f)(x),
+        "jacrev": lambda f: torch.func.jacrev(f)(x), "grad": lambda f: torch.func.grad(lambda z: f(z).square().sum())(x),
+        "vmap": lambda f: torch.func.vmap(f)(x.unsqueeze(1)),
+    }  # fmt: skip
+    for what, ask in asked.items():
+        wanted = ask(dense)
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(ask(layer), wanted, rtol=1e-4, atol=1e-5, msg=what)
+    if name in ("linear", "convolution"):  # along the values too, in which the layer is linear
+        values = layer.values.detach()
+        found = torch.func.jvp(lambda v: torch.func.functional_call(layer, {"values": v}, (x,)), (values,), (values,))[1]
+        torch.testing.assert_close(found, dense(x) - dense(torch.zeros_like(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_compiled_knows_a_transform_too(kernels):
+    dense = zeroed(nn.Linear(20, 12))
+    layer, x, along = torch.compile(sparse(dense), backend="aot_eager"), torch.randn(2, 20), torch.randn(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-5)
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, along))).tangent
+        torch.testing.assert_close(found, along @ dense.weight.T, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-5)

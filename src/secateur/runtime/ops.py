@@ -1,7 +1,8 @@
 """The operators of `secateur::` as torch sees them: shapes for export and compile, and derivatives.
 
 The pattern is fixed; the values that there are have derivatives in `sparse_linear` and `sparse_conv2d`, so a sparse layer can be trained on. The
-others (`sparse_chain`, `sparse_decode`, `max_pool2d`) are for inference.
+others (`sparse_chain`, `sparse_decode`, `max_pool2d`) are for inference. All derivatives are backward ones: where others are asked for, layers
+compute densely (`transformed`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from secateur.runtime.build import NoKernels, load
 from secateur.runtime.layout import Layout, dense
@@ -54,7 +56,17 @@ def _register() -> bool:
 def takes(x: Tensor, values: Tensor | None = None) -> bool:
     """Whether the kernels compute with these tensors: float32 on the CPU."""
     values = x if values is None else values
-    return x.dtype == values.dtype == torch.float32 and x.device.type == values.device.type == "cpu" and available()
+    return x.dtype == values.dtype == torch.float32 and x.device.type == values.device.type == "cpu" and not transformed() and available()
+
+
+def transformed() -> bool:
+    """Whether forward-mode derivatives are asked for, which torch would silently take for 0, or a transform of torch.func is at work."""
+    return forward_ad._current_level >= 0 or _in_functorch()
+
+
+@torch.compiler.assume_constant_result  # what is compiled is compiled again where this changes
+def _in_functorch() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
