@@ -411,13 +411,6 @@ def test_a_model_that_decodes_gets_bits(kernels, monkeypatch):
         convert(net, (torch.randn(1, 64).bfloat16(),), chosen={"0": "3x1"})
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    """Every layer takes its quickest sparse form, whatever is measured."""
-    for name in ("GAIN", "SLOWER"):
-        monkeypatch.setattr(sys.modules["secateur.runtime.convert"], name, 1e9)
-
-
 def test_a_timed_conversion_can_be_trained_exported_and_loaded(kernels, taken):
     net, x = nn.Sequential(zeroed(nn.Linear(64, 64)), nn.ReLU(), zeroed(nn.Linear(64, 8))).eval(), torch.randn(8, 64)
     with torch.inference_mode():

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from secateur.runtime import DecodeLinear, sparse
+from secateur.errors import ProofError
+from secateur.runtime import DecodeLinear, convert, sparse
 from secateur.runtime.chain import Chain, max_pool
 from tests.runtime.test_layers import zeroed
 
@@ -84,3 +85,50 @@ def test_what_is_compiled_knows_a_transform_too(kernels):
             found = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, along))).tangent
         torch.testing.assert_close(found, along @ dense.weight.T, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-5)
+
+
+ASKED = {
+    nn.Linear: ("in_features", "out_features"),
+    nn.Conv1d: (convs := ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "transposed")),
+    nn.Conv2d: convs,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dense", [nn.Linear(5, 7), nn.Conv1d(2, 3, 4, 2, 1, 3), nn.Conv2d(2, 3, (4, 1), (2, 1), (0, 1), (1, 3))], ids=str)
+def test_what_code_asks_of_a_layer_is_answered(dense):
+    layers = [sparse(zeroed(dense)), *([DecodeLinear.of(dense)] if type(dense) is nn.Linear else [])]
+    for layer in layers:
+        assert {k: getattr(layer, k) for k in ASKED[type(dense)]} == {k: getattr(dense, k) for k in ASKED[type(dense)]}
+        assert torch.equal(layer.weight, dense.weight)
+
+
+class Asks(nn.Module):
+    """Reads what a layer answers, as Whisper and T5 do, and of another what no sparse layer has."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.wo, self.own = zeroed(nn.Conv1d(4, 8, 3, 2, 1)), zeroed(nn.Linear(32, 16)), zeroed(nn.Linear(16, 16))
+
+    def forward(self, x):
+        x = self.conv(x).flatten(1)[:, : 16 * self.conv.stride[0]].to(self.wo.weight.dtype)
+        return self.own(self.wo(x)) * self.own._parameters["weight"].norm()
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_model_that_reads_its_layers_is_converted_where_that_goes(kernels, taken, fold):
+    torch.manual_seed(0)
+    net, x = Asks().eval(), torch.randn(2, 4, 16)
+    found = convert(net, (x,), rounds=3, fold=fold)
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(x), net(x), rtol=1e-4, atol=1e-4)
+    if not fold:
+        assert set(found.chosen) == {"conv", "wo"} and isinstance(found.model.own, nn.Linear)
+        assert {c.layer: c.why for c in found.choices} == {"conv": "", "wo": "", "own": "with it the model raises KeyError: 'weight'"}
+
+
+@pytest.mark.parametrize("form", ["4x1", "bits"])
+def test_a_chosen_layer_that_the_model_cannot_do_without_is_said(kernels, form):
+    net, x = Asks().eval(), torch.randn(1, 4, 16)
+    assert convert(net, (x,), chosen={"wo": form}).chosen == {}
+    with pytest.raises(ProofError, match=r"raises KeyError: 'weight'\.\n.*out of `chosen`"):
+        convert(net, (x,), chosen={"own": form})

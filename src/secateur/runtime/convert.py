@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from secateur.errors import InputError, ProofError
+from secateur.errors import InputError, ProofError, first_line
 from secateur.measure.run import at_rest
 from secateur.runtime.chain import chained, pooled
 from secateur.runtime.fold import fold as folded
@@ -79,11 +79,12 @@ def convert(
         fold: take batch norms, sums and rectifiers into the layers before them first, and call sparse convolutions that follow one another at
             once; what comes back is then the captured graph, for inference and for inputs of these shapes.
 
-    The whole model is timed too: what is handed back is not slower than the model given, or is a copy of it; and its outputs are compared.
+    The whole model is timed too: what is handed back is not slower than the model given, or is a copy of it; and its outputs are compared. A layer of
+    which the model reads what a sparse one has not stays dense.
 
     Raises:
         InputError: `chosen` names a layer that has no sparse form. CaptureError: with `fold`, torch.export cannot follow the model.
-        ProofError: the outputs differ by more than float32 explains.
+        ProofError: the outputs differ by more than float32 explains, or the model cannot run with the layers of `chosen`.
     """
     kwargs = dict(kwargs or {})
     with torch.inference_mode(False), torch.no_grad():
@@ -97,13 +98,15 @@ def convert(
     if not available():
         plain = copy.deepcopy(model).eval()
         return Converted(plain, [], 0.0, 0.0, torch.get_num_threads(), ["no kernels here, so every layer stays dense"])
-    notes, choices = list[str](), list[Choice]()
+    notes, choices, taken = list[str](), list[Choice](), dict[str, nn.Module]()
     with _at_rest(model, made):
         for name, given in _inputs(made, args, kwargs).items():
             choice, layer = _chosen(name, made.get_submodule(name), given, rounds)
             choices.append(choice)
             if layer is not None:
-                _put(made, name, layer)
+                taken[name] = _put(made, name, layer)
+        refused = _put_back(made, taken, args, kwargs)
+        choices = [replace(c, form=DENSE, why=refused[c.layer]) if c.layer in refused else c for c in choices]
         made = pooled(chained(made)) if isinstance(made, fx.GraphModule) and fold else made
     paired = sum(zeros_of(m) > 0 and is_two_of_four(m.weight) for m in made.modules() if type(m) is nn.Linear)
     if paired and not torch.cuda.is_available():
@@ -117,7 +120,7 @@ def convert(
     if after > SLOWER * before and (fold or any(c.form != DENSE for c in choices)):
         notes.append(f"with sparse layers the model took {after * 1e3:.2f} ms, without {before * 1e3:.2f} ms: all layers stay dense")
         made, after = copy.deepcopy(model).eval(), before
-        choices = [Choice(c.layer, c.zeros, c.dense, c.sparse, DENSE, "slower as a whole") for c in choices]
+        choices = [replace(c, form=DENSE, why="slower as a whole") for c in choices]
     return Converted(made, choices, before, after, torch.get_num_threads(), notes)
 
 
@@ -177,12 +180,13 @@ def _call(layer: nn.Module, given: tuple[Tensor, ...]) -> Callable[[], Any]:
 
 
 def _compared(model: nn.Module, made: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    outputs = []
-    for one in (model, made):
-        with _at_rest(one):
-            torch.manual_seed(0)
-            outputs.append(tree_leaves(one(*_own(args), **_own(kwargs))))
-    for a, b in zip(*outputs, strict=True):
+    wanted = _answers(model, args, kwargs)
+    try:
+        found = _answers(made, args, kwargs)
+    except Exception as error:  # a user's forward may raise anything
+        raise ProofError(f"with sparse layers the model raises {type(error).__name__}: {first_line(error)}.\n"
+                         "  Nothing was changed. Leave the layer that it asks for something out of `chosen`.") from error  # fmt: skip
+    for a, b in zip(wanted, found, strict=True):
         if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
             tolerance = TOLERANCE if a.dtype == torch.float32 else COARSE
             same = (a == b) | (a.isnan() & b.isnan())  # infinities too
@@ -192,6 +196,33 @@ def _compared(model: nn.Module, made: nn.Module, args: tuple, kwargs: Mapping[st
                                  "  Nothing was changed. A model that answers otherwise each time cannot be compared; or report it.")  # fmt: skip
 
 
+def _answers(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[Any]:
+    with _at_rest(model):
+        torch.manual_seed(0)
+        return tree_leaves(model(*_own(args), **_own(kwargs)))
+
+
+def _put_back(made: nn.Module, taken: Mapping[str, nn.Module], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """{layer: what the model raises with its sparse form}; it is dense again then. `taken`: the dense layers that stood in those places."""
+    if not taken or not _raised(made, args, kwargs):
+        return {}
+    sparse, found = {name: _put(made, name, layer) for name, layer in taken.items()}, dict[str, str]()
+    for name, layer in sparse.items():
+        _put(made, name, layer)
+        if said := _raised(made, args, kwargs):
+            _put(made, name, taken[name])
+            found[name] = f"with it the model raises {said}"
+    return found
+
+
+def _raised(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> str:
+    try:
+        model(*_own(args), **_own(kwargs))
+    except Exception as error:  # a user's forward may raise anything
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
+
+
 def _named(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
@@ -199,9 +230,10 @@ def _named(model: nn.Module, name: str) -> nn.Module:
         raise InputError(f"chosen names {name!r}, and the model has no such layer.\n  Take the names of an earlier result's `chosen`.") from None
 
 
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """In every place where the layer stands."""
+def _put(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """In every place where the layer stands that has this name, which comes back."""
     old = model.get_submodule(name)
     for path in [n for n, m in model.named_modules(remove_duplicate=False) if m is old]:
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
+    return old

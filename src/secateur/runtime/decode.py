@@ -58,6 +58,19 @@ class DecodeLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight with its zeros, made anew at every look."""
+        return unpacked(self.values, self.masks, (self.rows, self.columns))
+
+    @property
+    def in_features(self) -> int:
+        return self.columns
+
+    @property
+    def out_features(self) -> int:
+        return self.rows
+
     @classmethod
     def of(cls, layer: nn.Linear) -> Self:
         """`layer`: float32 or bfloat16, with zeros in its weight."""
@@ -70,8 +83,7 @@ class DecodeLinear(nn.Module):
             bias = None if self.bias is None else self.bias.float()
             y = torch.ops.secateur.sparse_decode(x.float().contiguous(), self.values, self.masks, self.starts, bias, self.rows, self.columns)
             return y.to(x.dtype)
-        weight = unpacked(self.values, self.masks, (self.rows, self.columns)).to(x.dtype)
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.columns}, {self.rows}, density={(len(self.values) - COLUMNS) / (self.rows * self.columns):.3f}, {self.values.dtype}"

@@ -62,6 +62,14 @@ class SparseLayer(nn.Module):
 class SparseLinear(SparseLayer):
     """y = x W^T + b for x (..., columns), W sparse."""
 
+    @property
+    def in_features(self) -> int:
+        return self.columns
+
+    @property
+    def out_features(self) -> int:
+        return self.rows
+
     @classmethod
     def of(cls, layer: nn.Linear, r: int | None = None, relu: bool = False) -> Self:
         """
@@ -86,11 +94,44 @@ class SparseLinear(SparseLayer):
 
 class SparseConv2d(SparseLayer):
     """A convolution of x (N, C, H, W), one group, zeros outside the image, W sparse. `plus`, of the output's shape, is added to it before its
-    ReLU."""
+    ReLU. What code asks of a dense convolution (`stride`, `in_channels`) it answers as that one would."""
+
+    groups, transposed, padding_mode = 1, False, "zeros"  # `why_not` lets no others in
 
     def __init__(self, layout: Layout, bias: Tensor | None, window: Window, relu: bool = False):
         super().__init__(layout, bias, relu)
         self.window = window
+
+    @property
+    def in_channels(self) -> int:
+        return self.columns // (self.window[0] * self.window[1])
+
+    @property
+    def out_channels(self) -> int:
+        return self.rows
+
+    def _sizes(self, at: int) -> tuple[int, ...]:
+        return self.window[at : at + 2]
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        return self._sizes(0)
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        return self._sizes(2)
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        return self._sizes(4)
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        return self._sizes(6)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.matrix().view(self.rows, self.in_channels, *self.kernel_size)
 
     @classmethod
     def of(cls, layer: nn.Conv2d | nn.Conv1d, r: int | None = None, relu: bool = False) -> Self:
@@ -124,12 +165,15 @@ class SparseConv2d(SparseLayer):
 
     def extra_repr(self) -> str:
         w = self.window
-        return (f"{self.columns // (w[0] * w[1])}, {self.rows}, kernel={w[:2]}, stride={w[2:4]}, padding={w[4:6]}, density={self.density:.3f}, "
+        return (f"{self.in_channels}, {self.rows}, kernel={w[:2]}, stride={w[2:4]}, padding={w[4:6]}, density={self.density:.3f}, "
                 f"r={self.r}")  # fmt: skip
 
 
 class SparseConv1d(SparseConv2d):
     """A convolution of x (N, C, L)."""
+
+    def _sizes(self, at: int) -> tuple[int, ...]:
+        return self.window[at + 1 : at + 2]
 
     def forward(self, input: Tensor, plus: Tensor | None = None) -> Tensor:
         return super().forward(input.unsqueeze(-2), None if plus is None else plus.unsqueeze(-2)).squeeze(-2)
