@@ -678,6 +678,13 @@ MUTANTS: list[Mutant] = [
         ('tests/runtime/test_stands_for_dense.py',),
     ),
     Mutant(
+        'sparse layers count no multiply-accumulates',
+        'secateur/runtime/ops.py',
+        '            register_flop_formula(op)(flops)\n',
+        '            pass\n',
+        ('tests/runtime/test_stands_for_dense.py',),
+    ),
+    Mutant(
         'every epoch has the order of the first',
         'secateur/recover/loop.py',
         'batches = self.order.epoch(number, begin)',

@@ -52,6 +52,10 @@ CASES = {
     "addmv": (Apply(torch.addmv), (torch.empty(3), torch.empty(3, 4), torch.empty(4)), 12),
     "addbmm": (Apply(torch.addbmm), (torch.empty(3, 5), torch.empty(2, 3, 4), torch.empty(2, 4, 5)), 2 * 3 * 4 * 5),
     "baddbmm": (Apply(torch.baddbmm), (torch.empty(2, 3, 5), torch.empty(2, 3, 4), torch.empty(2, 4, 5)), 120),
+    "addr": (Apply(torch.addr), (torch.empty(3, 4), torch.empty(3), torch.empty(4)), 12),
+    "int8 matrices": (Apply(torch._int_mm), (torch.empty(32, 8, dtype=torch.int8), torch.empty(8, 16, dtype=torch.int8)), 32 * 8 * 16),
+    "few distances": (Apply(torch.cdist), (torch.empty(3, 5), torch.empty(4, 5)), 3 * 4 * 5),
+    "many distances": (Apply(torch.cdist), (torch.empty(2, 30, 5), torch.empty(40, 5)), 2 * 30 * 40 * 5),
     "einsum": (
         Apply(lambda a, b: torch.einsum("bhid,bhjd->bhij", a, b)),
         (torch.empty(2, 3, 4, 5), torch.empty(2, 3, 6, 5)),
@@ -121,6 +125,18 @@ def test_grouped_mm_counts_each_row_once():
     experts = torch.zeros(4, 16, 32, dtype=torch.bfloat16)
     ends = torch.tensor([8, 16, 24, 32], dtype=torch.int32)
     assert count(Apply(lambda a, b: F.grouped_mm(a, b, offs=ends)), (rows, experts)).macs == 32 * 16 * 32
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_a_sparse_tensor_counts_like_a_dense_one(layout):
+    a, b = torch.eye(6, 5), torch.eye(5, 7)
+    for second in (b, getattr(b, layout)()):
+        assert count(Apply(torch.sparse.mm), (getattr(a, layout)(), second)).macs == 6 * 5 * 7
+
+
+def test_int8_linear_layers_count():
+    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2)), {nn.Linear}, torch.qint8)
+    assert count(model, (torch.rand(3, 5),)).macs == 3 * (5 * 7 + 7 * 2)
 
 
 def test_module_called_twice_counts_twice():

@@ -6,6 +6,8 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from secateur.errors import ProofError
+from secateur.measure import count
+from secateur.measure.energy import Counters, energy
 from secateur.runtime import DecodeLinear, convert, sparse
 from secateur.runtime.chain import Chain, max_pool
 from tests.runtime.test_layers import zeroed
@@ -132,3 +134,31 @@ def test_a_chosen_layer_that_the_model_cannot_do_without_is_said(kernels, form):
     assert convert(net, (x,), chosen={"wo": form}).chosen == {}
     with pytest.raises(ProofError, match=r"raises KeyError: 'weight'\.\n.*out of `chosen`"):
         convert(net, (x,), chosen={"own": form})
+
+
+class Joined(nn.Module):
+    """Two convolutions that become a chain, one with another stride, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = zeroed(nn.Conv2d(3, 8, 3, padding=1)), zeroed(nn.Conv2d(8, 4, (3, 1), 2)), zeroed(nn.Linear(4, 20))
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.b(torch.relu(self.a(x)))).mean((2, 3)))
+
+
+MADE = {
+    "layers": ({"a": "1x1", "b": "4x1", "fc": "8x1"}, False), "bits": ({"fc": "bits"}, False),
+    "a chain": ({"a_folded": "1x1", "b_folded": "4x1", "fc_folded": "1x1"}, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_sparse_model_counts_as_the_one_it_was_made_of(kernels, name):
+    chosen, fold = MADE[name]
+    net, x = Joined().eval(), torch.randn(2, 3, 9, 10)
+    made = convert(net, (x,), chosen=chosen, fold=fold).model
+    assert any(type(m).__name__ == "Chain" for m in made.modules()) == fold
+    wanted = 2 * (9 * 10 * 8 * 27 + 4 * 5 * 4 * 24 + 4 * 20)
+    assert count(net, (x,)).macs == count(made, (x,)).macs == wanted
+    assert energy(made, (x,), counters=Counters((), "none")).joules_macs == energy(net, (x,), counters=Counters((), "none")).joules_macs > 0

@@ -1,8 +1,9 @@
 """Exact counts: multiply-accumulates, parameters, bytes.
 
 MACs are counted by watching the operators that run, so a module called twice counts twice and a branch not taken counts
-nothing. Matrix products, convolutions, attention and recurrent layers count; biases, norms and activations do not.
-Causal attention counts as the full square. Works on any device, the meta device included, where nothing is computed.
+nothing. Matrix products, convolutions, attention, recurrent layers and distances count; biases, norms, activations and products
+of elements (an outer product is one) do not. Causal attention counts as the full square, and weights with zeros count as if they had none,
+in sparse layers and sparse tensors too. Works on any device, the meta device included, where nothing is computed.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ def count(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None
 
 
 def _foreign() -> dict[Any, Any]:
-    """Formulas for matrix products that other libraries register as one op, if they did."""
+    """Formulas for matrix products that other libraries register as one op, if they did, and for linear layers in int8 where torch has them."""
     experts = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
-    return {experts: _grouped_mm} if experts is not None else {}
+    int8 = (getattr(torch.ops.quantized, f"linear{kind}", None) for kind in ("", "_relu", "_dynamic", "_relu_dynamic", "_dynamic_fp16"))
+    return {op: formula for op, formula in [(experts, _grouped_mm), *((op, _packed_linear) for op in int8)] if op is not None}
 
 
 class _NoModules(nullcontext):
@@ -114,6 +116,23 @@ def _addbmm(bias: Shape, a: Shape, b: Shape, **_kwargs: Any) -> int:
     return 2 * prod(a) * b[-1]
 
 
+def _mm(a: Shape, b: Shape, **_kwargs: Any) -> int:
+    return 2 * prod(a) * b[-1]
+
+
+def _addr(bias: Shape, a: Shape, b: Shape, **_kwargs: Any) -> int:
+    return 2 * prod(a) * prod(b)
+
+
+def _distances(x: Shape, *_args: Any, out_shape: Shape, **_kwargs: Any) -> int:
+    """Of each pair of vectors, one accumulate for every number."""
+    return 2 * prod(out_shape) * x[-1]
+
+
+def _packed_linear(x: Shape, packed: Any, *_args: Any, out_shape: Shape, **_kwargs: Any) -> int:
+    return 2 * prod(x) * out_shape[-1]
+
+
 def _grouped_mm(a: Shape, b: Shape, *_args: Any, **_kwargs: Any) -> int:
     """Rows of ``a`` (M, K) shared out over matrices ``b`` (G, K, N): each row meets one of them. Also 3-d with 3-d."""
     if len(a) == 2 and len(b) == 2:  # (M, sum K) with (sum K, N): the groups lie along K
@@ -147,6 +166,13 @@ FORMULAS: dict[Any, Any] = {
     aten.dot: _dot,
     aten.vdot: _dot,
     aten.addbmm: _addbmm,
+    aten.addr: _addr,
+    aten._int_mm: _mm,
+    aten._sparse_addmm: _addbmm,
+    aten._sparse_sparse_matmul: _mm,
+    aten._cdist_forward: _distances,
+    aten._euclidean_dist: _distances,
+    aten._pdist_forward: _distances,
     aten._grouped_mm: _grouped_mm,
     aten._trilinear: _trilinear,
     aten.mkldnn_rnn_layer: _rnn_layer,

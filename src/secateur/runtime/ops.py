@@ -1,4 +1,4 @@
-"""The operators of `secateur::` as torch sees them: shapes for export and compile, and derivatives.
+"""The operators of `secateur::` as torch sees them: shapes for export and compile, derivatives, and what they count for.
 
 The pattern is fixed; the values that there are have derivatives in `sparse_linear` and `sparse_conv2d`, so a sparse layer can be trained on. The
 others (`sparse_chain`, `sparse_decode`, `max_pool2d`) are for inference. All derivatives are backward ones: where others are asked for, layers
@@ -8,13 +8,16 @@ compute densely (`transformed`).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from secateur.runtime.build import NoKernels, load
 from secateur.runtime.layout import Layout, dense
@@ -50,6 +53,9 @@ def _register() -> bool:
     torch.library.register_fake("secateur::max_pool2d")(_pool_shape)
     torch.library.register_autograd("secateur::sparse_linear", _linear_backward, setup_context=_keep_linear)
     torch.library.register_autograd("secateur::sparse_conv2d", _conv_backward, setup_context=_keep_conv)
+    for name, flops in FLOPS.items():
+        if (op := getattr(torch.ops.secateur, name)) not in flop_registry:
+            register_flop_formula(op)(flops)
     return True
 
 
@@ -83,15 +89,15 @@ def _conv_shape(x: Tensor, *others: Any) -> Tensor:
     rows, columns, window = others[5], others[6], others[10]  # after values, index, starts, bias, plus
     channels = columns // (window[0] * window[1])
     torch._check(x.shape[1] == channels, lambda: f"secateur: expected x to have {channels} channels, but it has {x.shape[1]}")
-    return x.new_empty((x.shape[0], rows, *_out_sizes(x, window)))
+    return x.new_empty((x.shape[0], rows, *_out_sizes(x.shape, window)))
 
 
-def _out_sizes(x: Tensor, window: list[int]) -> list[int]:
-    return [out_size(x.shape[2 + i], *window[i::2]) for i in range(2)]
+def _out_sizes(images: Sequence[int], window: Sequence[int]) -> list[int]:
+    return [out_size(images[2 + i], *window[i::2]) for i in range(2)]
 
 
 def _pool_shape(x: Tensor, window: list[int], isa: int = 0) -> Tensor:
-    return x.new_empty((*x.shape[:2], *_out_sizes(x, window)))
+    return x.new_empty((*x.shape[:2], *_out_sizes(x.shape, window)))
 
 
 STEP = 19  # numbers of a step of a chain: source, plus, values, index, starts, bias, rows, columns, r, set, relu, window
@@ -151,3 +157,27 @@ def _of_values(of_weight: Tensor, index: Tensor, starts: Tensor, shape: tuple[in
     blocks = -(-rows // r)
     padded = torch.cat([of_weight, of_weight.new_zeros(blocks * r - rows, columns)]).view(blocks, r, columns)
     return padded[b, :, k]
+
+
+# What torch's counter of operations gets: two for each multiply-accumulate of the dense layer, so that a sparse model is counted like the one it was
+# made of. They take shapes.
+
+
+def _linear_flops(x: Sequence[int], *others: Any, **_kwargs: Any) -> int:
+    return 2 * prod(x) * others[4]  # rows
+
+
+def _conv_flops(x: Sequence[int], *others: Any, out_shape: Sequence[int], **_kwargs: Any) -> int:
+    return 2 * prod(out_shape) * others[6]  # columns
+
+
+def _chain_flops(given: list[Sequence[int]], weights: Any, steps: list[int], results: Any, **_kwargs: Any) -> int:
+    shapes, total = list(given), 0
+    for at in range(0, len(steps), STEP):
+        images, (rows, columns) = shapes[steps[at]], steps[at + 6 : at + 8]
+        shapes.append((images[0], rows, *_out_sizes(images, steps[at + 11 : at + STEP])))
+        total += 2 * prod(shapes[-1]) * columns
+    return total
+
+
+FLOPS: dict[str, Any] = {"sparse_linear": _linear_flops, "sparse_decode": _linear_flops, "sparse_conv2d": _conv_flops, "sparse_chain": _chain_flops}
