@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from secateur.runtime.layers import SparseConv2d
 from secateur.runtime.ops import Window, takes
@@ -37,7 +38,8 @@ class Chain(nn.Module):
 
     def _laid_out(self, layers: list[SparseConv2d]) -> tuple[list[Tensor], list[int]]:
         """Tensors and steps as the operator reads them."""
-        weights, steps = list[Tensor](), list[int]()
+        weights: list[Tensor] = []  # written so, torch.compile can follow
+        steps: list[int] = []
         for layer, (source, plus) in zip(layers, self.steps, strict=True):
             n, (values, index, starts, bias) = len(weights), layer.tensors()
             weights += [values, index, starts, *([] if bias is None else [bias])]
@@ -78,6 +80,8 @@ def _pairs(sizes: list[list[int]]) -> list[list[int]]:
 
 
 def max_pool(x: Tensor, window: Window) -> Tensor:
+    if has_torch_function_unary(x):  # a graph that is loaded is traced again, and this is one node of it
+        return handle_torch_function(max_pool, (x,), x, window)
     if x.dim() == 4 and takes(x) and not (torch.is_grad_enabled() and x.requires_grad):
         return torch.ops.secateur.max_pool2d(x.contiguous(), window)
     return nn.functional.max_pool2d(x, window[:2], window[2:4], window[4:6], window[6:])
