@@ -617,8 +617,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "the derivative of values is that of the whole matrix's other rows",
         "secateur/runtime/ops.py",
-        "    return padded[b, :, k]\n",
-        "    return padded[b.flip(0), :, k]\n",
+        "    found = padded[b, :, k]\n",
+        "    found = padded[b.flip(0), :, k]\n",
         ("tests/runtime/test_layers.py::test_the_same_outputs_and_derivatives",),
     ),
     Mutant(
@@ -683,6 +683,13 @@ MUTANTS: list[Mutant] = [
         '            register_flop_formula(op)(flops)\n',
         '            pass\n',
         ('tests/runtime/test_stands_for_dense.py',),
+    ),
+    Mutant(
+        'zeros of a block learn',
+        'secateur/runtime/ops.py',
+        '    return found if r == 1 else torch.where(values != 0, found, 0.0)\n',
+        '    return found\n',
+        ('tests/runtime/test_training.py',),
     ),
     Mutant(
         'every epoch has the order of the first',

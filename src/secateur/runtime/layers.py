@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from secateur.errors import InputError
 from secateur.runtime.layout import ROWS, Layout, dense
-from secateur.runtime.ops import Window, takes
+from secateur.runtime.ops import Window, kept, takes
 
 
 class SparseLayer(nn.Module):
     """What they share: `values` (n, r) is a parameter; `index` and `starts` are buffers (`secateur.runtime.layout`). The file of a state
-    dict holds what is not zero, and nothing else.
+    dict holds what is not zero, and nothing else. Training keeps zeros: those that a block of rows brings with it have no derivative.
 
     Attributes:
         rows, columns, r, set: of the layout.
@@ -42,7 +42,7 @@ class SparseLayer(nn.Module):
 
     def matrix(self) -> Tensor:
         """The weight (rows, columns) with its zeros."""
-        return dense(self.values, self.index, self.starts, (self.rows, self.columns, self.r, self.set))
+        return dense(kept(self.values), self.index, self.starts, (self.rows, self.columns, self.r, self.set))
 
     @property
     def weight(self) -> Tensor:
@@ -53,6 +53,13 @@ class SparseLayer(nn.Module):
     def density(self) -> float:
         """The share of the weights that is stored, those included that a block of rows brings with it."""
         return self.values.numel() / (self.rows * self.columns)
+
+    def _learns_as(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d) -> Self:
+        """With what is frozen in the dense layer frozen."""
+        self.values.requires_grad_(layer.weight.requires_grad)
+        if self.bias is not None and layer.bias is not None:
+            self.bias.requires_grad_(layer.bias.requires_grad)
+        return self
 
     def _ended(self, y: Tensor, plus: Tensor | None = None) -> Tensor:
         y = y if plus is None else y + plus
@@ -79,7 +86,7 @@ class SparseLinear(SparseLayer):
         Raises:
             InputError: no such r.
         """
-        return cls(Layout.of(layer.weight, _known(r)), layer.bias, relu)
+        return cls(Layout.of(layer.weight, _known(r)), layer.bias, relu)._learns_as(layer)
 
     def forward(self, input: Tensor) -> Tensor:
         x = input  # named as that of nn.Linear, for calls by keyword
@@ -149,7 +156,7 @@ class SparseConv2d(SparseLayer):
         sizes = [(*one, *layer.kernel_size), (*one, *layer.stride), (*zero, *layer.padding), (*one, *layer.dilation)]
         window: Any = tuple(int(n) for pair in sizes for n in pair)
         taps, weight = window[0] * window[1], layer.weight.flatten(1)
-        return cls(Layout.of(weight, _known(r), taps=taps), layer.bias, window, relu)
+        return cls(Layout.of(weight, _known(r), taps=taps), layer.bias, window, relu)._learns_as(layer)
 
     def forward(self, input: Tensor, plus: Tensor | None = None) -> Tensor:
         x, w = input, self.window

@@ -124,7 +124,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
     if ctx.needs_input_grad[0]:
         of_x = (grad @ dense(values, index, starts, ctx.shape)).view(x.shape)
     if ctx.needs_input_grad[1]:
-        of_values = _of_values(grad.mT @ x.reshape(-1, ctx.shape[1]), index, starts, ctx.shape)
+        of_values = _of_values(grad.mT @ x.reshape(-1, ctx.shape[1]), values, index, starts, ctx.shape)
     if ctx.has_bias:
         of_bias = grad.sum(0)
     return of_x, of_values, None, None, of_bias, *[None] * ctx.others
@@ -146,17 +146,23 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple:
         grad, x, weight, [ctx.shape[0]] if ctx.has_bias else None, w[2:4], w[4:6], w[6:8], False, [0, 0], 1,
         [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias],
     )  # fmt: skip
-    of_values = None if of_weight is None else _of_values(of_weight.flatten(1), index, starts, ctx.shape)
+    of_values = None if of_weight is None else _of_values(of_weight.flatten(1), values, index, starts, ctx.shape)
     return of_x, of_values, None, None, of_bias if ctx.has_bias else None, grad if ctx.has_plus else None, *[None] * ctx.others
 
 
-def _of_values(of_weight: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """The derivative by every value, from that by the matrix (rows, columns)."""
+def kept(values: Tensor) -> Tensor:
+    """The values, zeros among them as constants: a block of several rows brings zeros with it, and the pattern is fixed."""
+    return values if values.shape[1] == 1 else torch.where(values != 0, values, 0.0)
+
+
+def _of_values(of_weight: Tensor, values: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """The derivative by every value, from that by the matrix (rows, columns), as it would come through `kept`."""
     rows, columns, r, size = shape
     b, k = Layout(of_weight, index, starts, rows, columns, r, size).places()
     blocks = -(-rows // r)
     padded = torch.cat([of_weight, of_weight.new_zeros(blocks * r - rows, columns)]).view(blocks, r, columns)
-    return padded[b, :, k]
+    found = padded[b, :, k]
+    return found if r == 1 else torch.where(values != 0, found, 0.0)
 
 
 # What torch's counter of operations gets: two for each multiply-accumulate of the dense layer, so that a sparse model is counted like the one it was
