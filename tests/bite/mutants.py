@@ -692,6 +692,13 @@ MUTANTS: list[Mutant] = [
         ('tests/runtime/test_training.py',),
     ),
     Mutant(
+        'sparse layers pass over autocast',
+        'secateur/runtime/ops.py',
+        '    return y.to(torch.get_autocast_dtype("cpu")) if',
+        '    return y if True else y.float() if',
+        ('tests/runtime/test_stands_for_dense.py',),
+    ),
+    Mutant(
         'every epoch has the order of the first',
         'secateur/recover/loop.py',
         'batches = self.order.epoch(number, begin)',

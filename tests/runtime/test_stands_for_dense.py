@@ -162,3 +162,53 @@ def test_a_sparse_model_counts_as_the_one_it_was_made_of(kernels, name):
     wanted = 2 * (9 * 10 * 8 * 27 + 4 * 5 * 4 * 24 + 4 * 20)
     assert count(net, (x,)).macs == count(made, (x,)).macs == wanted
     assert energy(made, (x,), counters=Counters((), "none")).joules_macs == energy(net, (x,), counters=Counters((), "none")).joules_macs > 0
+
+
+class Written(nn.Module):
+    """What a layer gives is written into what another gave, which asks for one dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), zeroed(nn.Linear(16, 16))
+
+    def forward(self, x):
+        y = self.a(x)
+        y[torch.arange(2)] = self.b(self.b(x))[:2]
+        return y
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FORMS)
+def test_under_autocast_outputs_have_its_dtype(kernels, name, dtype):
+    torch.manual_seed(0)
+    make, shape = FORMS[name]
+    (layer, dense), x = make(), torch.randn(shape)
+    with torch.autocast("cpu", dtype):
+        for given in (x, x.to(dtype), x.to(dtype).requires_grad_()):
+            found, wanted = layer(given), dense(given)
+            assert found.dtype == wanted.dtype == dtype
+            torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
+        assert layer(x.double()).dtype == torch.float64 if name != "chain and pooling" else True
+    torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["4x1", "bits"])
+def test_a_model_that_writes_by_index_runs_under_autocast(kernels, form):
+    net, x = Written().eval(), torch.randn(4, 16)
+    made = convert(net, (x,), chosen={"b": form}).model
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for model in (made, compiled):
+            torch.testing.assert_close(model(x), net(x), rtol=0.05, atol=0.05)
+
+
+def test_under_autocast_kernels_go_on_after_a_layer_in_half_precision(kernels, monkeypatch):
+    layer, x, plus = sparse(conv(), relu=True), torch.randn(1, 3, 5, 5).bfloat16(), torch.randn(1, 8, 5, 5)
+    monkeypatch.setattr(type(layer), "matrix", lambda self: 1 / 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x, plus).dtype == layer(x.float(), plus.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_sum_has_the_dtype_of_the_layer(kernels):
+    layer, x = sparse(conv()), torch.randn(1, 3, 5, 5)
+    assert layer(x, torch.randn(1, 8, 5, 5, dtype=torch.float64)).dtype == torch.float32

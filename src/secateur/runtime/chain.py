@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from secateur.runtime.layers import SparseConv2d
-from secateur.runtime.ops import Window, takes
+from secateur.runtime.ops import Window, lifted, lowered, takes
 
 
 class Chain(nn.Module):
@@ -28,10 +28,10 @@ class Chain(nn.Module):
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         layers: list[SparseConv2d] = [*self.children()]  # type: ignore[list-item]
-        if not torch.is_grad_enabled() and all(x.dim() == 4 and takes(x, layers[0].values) for x in given):
+        values = [lifted(x) for x in given]
+        if not torch.is_grad_enabled() and all(x.dim() == 4 and takes(x, layers[0].values) for x in values):
             weights, steps = self._laid_out(layers)
-            return tuple(torch.ops.secateur.sparse_chain([x.contiguous() for x in given], weights, steps, self.results))
-        values = list(given)
+            return tuple(lowered(y) for y in torch.ops.secateur.sparse_chain([x.contiguous() for x in values], weights, steps, self.results))
         for layer, (source, plus) in zip(layers, self.steps, strict=True):
             values.append(layer(values[source], None if plus < 0 else values[plus]))
         return tuple(values[i] for i in self.results)

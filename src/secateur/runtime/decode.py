@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.runtime.ops import available, transformed
+from secateur.runtime.ops import available, lowered, transformed
 
 TOKENS = 4  # more are not bound by bytes
 ROWS, COLUMNS = 8, 32
@@ -82,7 +82,7 @@ class DecodeLinear(nn.Module):
         if x.numel() <= TOKENS * self.columns and not learns and x.device.type == "cpu" and self.values.dtype in KNOWN and available():
             bias = None if self.bias is None else self.bias.float()
             y = torch.ops.secateur.sparse_decode(x.float().contiguous(), self.values, self.masks, self.starts, bias, self.rows, self.columns)
-            return y.to(x.dtype)
+            return lowered(y.to(x.dtype))
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InputError
 from secateur.runtime.layout import ROWS, Layout, dense
-from secateur.runtime.ops import Window, kept, takes
+from secateur.runtime.ops import Window, kept, lifted, lowered, takes
 
 
 class SparseLayer(nn.Module):
@@ -62,7 +62,7 @@ class SparseLayer(nn.Module):
         return self
 
     def _ended(self, y: Tensor, plus: Tensor | None = None) -> Tensor:
-        y = y if plus is None else y + plus
+        y = y if plus is None else (y + plus).to(y.dtype)  # as a sum in place
         return F.relu(y) if self.relu else y
 
 
@@ -89,10 +89,11 @@ class SparseLinear(SparseLayer):
         return cls(Layout.of(layer.weight, _known(r)), layer.bias, relu)._learns_as(layer)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input  # named as that of nn.Linear, for calls by keyword
+        x = lifted(input)  # named as that of nn.Linear, for calls by keyword
         values, index, starts, bias = self.tensors()
         if takes(x, values):
-            return torch.ops.secateur.sparse_linear(x.contiguous(), values, index, starts, bias, self.rows, self.columns, self.r, self.set, self.relu)
+            shape = self.rows, self.columns, self.r, self.set
+            return lowered(torch.ops.secateur.sparse_linear(x.contiguous(), values, index, starts, bias, *shape, self.relu))
         return self._ended(F.linear(x, self.matrix().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)))
 
     def extra_repr(self) -> str:
@@ -159,14 +160,15 @@ class SparseConv2d(SparseLayer):
         return cls(Layout.of(weight, _known(r), taps=taps), layer.bias, window, relu)._learns_as(layer)
 
     def forward(self, input: Tensor, plus: Tensor | None = None) -> Tensor:
-        x, w = input, self.window
+        x, w = lifted(input), self.window
         if x.dim() == 3:  # an image by itself
             return SparseConv2d.forward(self, x[None], None if plus is None else plus[None])[0]
         values, index, starts, bias = self.tensors()
+        plus = None if plus is None else lifted(plus)
         if takes(x, values) and (plus is None or plus.dtype == x.dtype):
             added = None if plus is None else plus.contiguous()
             shape = self.rows, self.columns, self.r, self.set
-            return torch.ops.secateur.sparse_conv2d(x.contiguous(), values, index, starts, bias, added, *shape, self.relu, w)
+            return lowered(torch.ops.secateur.sparse_conv2d(x.contiguous(), values, index, starts, bias, added, *shape, self.relu, w))
         weight = self.matrix().view(self.rows, -1, *w[:2]).to(x.dtype)
         return self._ended(F.conv2d(x, weight, None if self.bias is None else self.bias.to(x.dtype), w[2:4], w[4:6], w[6:8]), plus)
 

@@ -23,6 +23,7 @@ from secateur.runtime.build import NoKernels, load
 from secateur.runtime.layout import Layout, dense
 
 Window = tuple[int, int, int, int, int, int, int, int]  # kernel, stride, padding and dilation, each (height, width)
+HALF = (torch.bfloat16, torch.float16)
 
 
 @torch.compiler.assume_constant_result  # what is compiled does not ask again
@@ -63,6 +64,16 @@ def takes(x: Tensor, values: Tensor | None = None) -> bool:
     """Whether the kernels compute with these tensors: float32 on the CPU."""
     values = x if values is None else values
     return x.dtype == values.dtype == torch.float32 and x.device.type == values.device.type == "cpu" and not transformed() and available()
+
+
+def lifted(x: Tensor) -> Tensor:
+    """Under autocast the kernels compute with what other layers gave in half precision."""
+    return x.float() if torch.is_autocast_enabled("cpu") and x.dtype in HALF and x.device.type == "cpu" else x
+
+
+def lowered(y: Tensor) -> Tensor:
+    """Under autocast a kernel's output has the dtype that a dense layer would give."""
+    return y.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") and y.dtype != torch.float64 else y
 
 
 def transformed() -> bool:
