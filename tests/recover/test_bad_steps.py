@@ -148,7 +148,9 @@ def silent():
 def test_a_mask_of_infinities_is_no_norm_without_variance():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     model.register_buffer("causal", torch.full((4, 4), float("-inf")).triu(1))
+    before = model[1].weight.detach().clone()
     recover(model, rows(5, 1), Training(epochs=1))
+    assert not torch.equal(model[1].weight, before)
 
 
 def test_validation_data_that_can_be_gone_through_once_is_refused_at_once():
