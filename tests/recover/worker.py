@@ -126,6 +126,7 @@ def scheduled(kind, out, epochs):
     if rank == 0:
         torch.save({"state": state, "loss": float(mean), "plan": dict(schedule.plan().weights)}, Path(out))
     if world > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 
