@@ -187,7 +187,7 @@ def _rebuilt(saved: Saved, factory: Callable[[], Any] | None) -> nn.Module:
             "load(folder, factory)."
         )
     form = _json(saved.folder / GRAPH)
-    return graph_file.from_json(form, recipe.as_module_tensors(saved.document, saved.tensors))
+    return graph_file.from_json(form, recipe.as_module_tensors(saved.document, saved.tensors), recipe.beside_state(saved.document))
 
 
 def read(folder: str | Path) -> Saved:

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo  # the one way to give a graph its calling convention
+from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
 
 from secateur.errors import FormatError
+from secateur.surgery.rewritten import Rewritten, called_with, hide
 
 _FUNCTIONS: dict[str, Callable] = {
     **{f"operator.{name}": getattr(operator, name) for name in (
@@ -78,13 +79,16 @@ def tensor_names(form: Mapping[str, Any]) -> set[str]:
     return {n["target"] for n in form["nodes"] if n["op"] == "get_attr"} - set(form.get("regions", ()))
 
 
-def from_json(form: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
-    """The module again. `tensors` holds every parameter and buffer by name (parameters as `nn.Parameter`).
+def from_json(form: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], hidden: Iterable[str] = ()) -> fx.GraphModule:
+    """The module again. `tensors` holds every parameter and buffer by name (parameters as `nn.Parameter`); those of `hidden` are no part of its
+    state dict.
 
     Raises FormatError for an operator this process does not have, or anything malformed.
     """
     try:
-        return _build(form, tensors)
+        module = _build(form, tensors)
+        hide(module, hidden)
+        return module
     except FormatError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, NotImplementedError) as error:
@@ -207,9 +211,9 @@ def _build(form: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> fx.G
         out = _spec(call["out"]) if call["out"] is not None else None
         for name in call["arguments"]:
             _plain(name, _is_word(name.lstrip("*")))
-        graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(call["arguments"]), _spec(call["in"]), out)))
+        graph.set_codegen(called_with(list(call["arguments"]), _spec(call["in"]), out))
     graph.lint()
-    module = fx.GraphModule(root, graph)
+    module = Rewritten(root, graph)
     for name, tensor in tensors.items():  # GraphModule copies only what the graph reads
         if fetch(module, name) is not tensor:
             install(module, name, tensor)

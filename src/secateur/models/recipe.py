@@ -109,6 +109,11 @@ def as_module_tensors(document: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return out
 
 
+def beside_state(document: Mapping[str, Any]) -> set[str]:
+    """Names of the tensors that the state dict of the saved model does not have."""
+    return {n for n, facts in document["tensors"].items() if facts["kind"] == "constant" or not facts.get("persistent", True)}
+
+
 def _restore(tensor: Tensor, facts: Mapping[str, Any]) -> Tensor:
     """The tensor in memory of its own (not a window onto the file), laid out as it was when saved. Earlier versions wrote strides that no memory of
     its own can have, of expanded tensors; those are passed over."""

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import tree_leaves
 
 from secateur.axes import Axis, mask
 from secateur.surgery.batch import free_the_batch
 from secateur.surgery.constants import changes
 from secateur.surgery.fixed import hold_inputs
+from secateur.surgery.rewritten import Rewritten, called_with, hide, unregister
 from secateur.trace import Graph
 from secateur.trace.blocks import bypassed, copied, live
 from secateur.trace.call import Call, op_name
@@ -68,7 +68,7 @@ def predict(
     keep = graph.keep_axes(plan_keep)
     unused, bypass = graph.unused_tensors(plan_keep), bypassed(graph.removed_blocks(plan_keep))
     runs, copies = live(capture.graph, bypass), copied(capture.graph, bypass)
-    result = Prediction(fx.GraphModule({}, fx.Graph()))
+    result = Prediction(Rewritten({}, fx.Graph()))
     root = nn.Module()
     new = fx.Graph()
     env = result.nodes
@@ -93,22 +93,12 @@ def predict(
     if free_batch:
         free_the_batch(graph, new, env)
     hold_inputs(new, tree_leaves(capture.program.example_inputs))
-    new.set_codegen(_PyTreeCodeGen(_PyTreeInfo(_argument_names(spec.in_spec), spec.in_spec, spec.out_spec)))
-    result.module = fx.GraphModule(root, new)
-    _unregister(result.module, [n for n in capture.program.constants if n not in state])
+    new.set_codegen(called_with(_argument_names(spec.in_spec), spec.in_spec, spec.out_spec))
+    result.module = Rewritten(root, new)
+    unregister(result.module, [_attribute(n) for n in capture.program.constants if n not in state])
+    hide(result.module, [_attribute(n) for n in capture.program.constants if n in state])
     result.module.eval()
     return result
-
-
-def _unregister(module: fx.GraphModule, names: list[str]) -> None:
-    """Constants of the user's forward were no buffers of the model and do not become some: plain attributes again."""
-    for name in names:
-        *path, leaf = _attribute(name).split(".")
-        owner = module
-        for part in path:
-            owner = owner._modules.get(part, owner)
-        if leaf in owner._buffers:
-            object.__setattr__(owner, leaf, owner._buffers.pop(leaf))
 
 
 def _argument_names(in_spec) -> list[str]:
