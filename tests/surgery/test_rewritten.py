@@ -106,3 +106,9 @@ def test_lists_and_dicts_are_those_that_it_was_captured_with(tmp_path):
                 graph(*args, scale={"by": by})
     assert torch.compile(result.model, backend="eager", fullgraph=True)(*given, scale={"by": [K]})["y"].shape == (2, 3)
     torch.export.export(result.model, given, {"scale": {"by": [K]}})
+
+
+def test_outputs_that_are_numbers_are_named():
+    result = sc.prune(Parts().eval(), ([X, torch.randn(2, 6)], {"k": K}), sc.MACs(at_most="60%"), kwargs={"scale": {"by": [K]}})
+    (said,) = [n for n in result.notes if "numbers and no tensors" in n]
+    assert said.endswith("['width'] = 32, ['rows'][0] = 2")

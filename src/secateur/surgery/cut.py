@@ -14,13 +14,11 @@ from secateur.axes import Axis, mask
 from secateur.errors import CaptureError, CutError, PlanError
 from secateur.measure.count import count
 from secateur.measure.float64 import apart, lively
-from secateur.measure.run import batch_of
 from secateur.plan import Plan
 from secateur.surgery import attributes
 from secateur.surgery.attributes import Edit
-from secateur.surgery.batch import batch_is_free
 from secateur.surgery.constants import new_shape
-from secateur.surgery.fixed import hold_batch
+from secateur.surgery.handed import handed_back
 from secateur.surgery.oplog import first_difference, op_log, outputs_in_float64, reads
 from secateur.surgery.predict import Prediction, cut_tensor, predict
 from secateur.surgery.unread import unread
@@ -31,8 +29,8 @@ from secateur.trace.tracer import named_by
 
 TRAINING = (
     "a rewritten graph was captured in eval mode and from inputs of one size: in training its dropout stays off and its BatchNorm "
-    "statistics stay fixed, branches of forward() that depend on sizes are those of the example inputs, and what ran under "
-    "no_grad or autocast runs as plain ops"
+    "statistics stay fixed, branches of forward() that depend on sizes are those of the example inputs, tensors that it makes keep "
+    "their dtype and device, and what ran under no_grad or autocast runs as plain ops"
 )
 SAME = 1e-9  # relative, in float64: the cut module and the predicted graph are the same function
 
@@ -118,13 +116,8 @@ def cut(model: nn.Module, graph: Graph, plan: Plan, refuse_class: str = "", valu
         if not why:
             edits, back = _needed(trial, edits, graph, prediction.module)
     if why:
-        free = predict(graph, plan.keep, state, free_batch=True).module
-        refused = batch_is_free(free, prediction.module, args, kwargs)
-        if not refused and (refused := batch_is_free(model, model, args, kwargs)):  # forward() makes a number of the size, which the graph has
-            hold_batch(prediction.module.graph, batch_of(args, kwargs))
-            prediction.module.recompile()
-        notes = [TRAINING] + ([f"the rewritten graph takes only the batch size of the example inputs: {refused}"] if refused else [])
-        return Cut(prediction.module if refused else free, "graph", why, [], kept, prediction.module, notes + beside)
+        rewritten, notes = handed_back(model, graph, plan, state, prediction.module)
+        return Cut(rewritten, "graph", why, [], kept, prediction.module, [TRAINING, *notes, *beside])
     return Cut(trial, "attributes", "", edits, kept, prediction.module, unread(trial, graph, kept, back))
 
 

@@ -27,17 +27,30 @@ def hold_inputs(graph: fx.Graph, values: Sequence[Any]) -> None:
                 _held(graph, operator.is_ if value is None else operator.eq, place, value, f"{place.name} was {value!r}")
 
 
-def hold_batch(graph: fx.Graph, size: int) -> None:
-    """An assertion that the first input that is a tensor has `size` rows, after all placeholders."""
-    places = [n for n in graph.nodes if n.op == "placeholder"]
-    first = next(n for n in places if isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].dim())
-    with graph.inserting_after(places[-1]):
-        rows = graph.call_function(torch.ops.aten.sym_size.int, (first, 0))
-    with graph.inserting_after(rows):
-        _held(graph, operator.eq, rows, size, f"the batch size was {size}")
+def hold_sizes(graph: fx.Graph, places: Sequence[tuple[int, int]], inputs: Sequence[Any], rows: Sequence[tuple[int, int]]) -> list[str]:
+    """An assertion for every one of these dimensions, after all placeholders: it is as long as that of the inputs.
+
+    Args:
+        places: number of the input, dimension.
+        inputs: of the captured call, flat, one for each placeholder.
+        rows: those of the places that count the batch.
+
+    Returns:
+        What is held, in words.
+    """
+    nodes, said = [n for n in graph.nodes if n.op == "placeholder"], []
+    for number, dim in reversed(places):
+        node, size = nodes[number], int(inputs[number].shape[dim])
+        what = f"the batch size was {size} (of {node.name})" if (number, dim) in rows else f"{node.name} had size {size} in dimension {dim}"
+        with graph.inserting_after(nodes[-1]):
+            found = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+        with graph.inserting_after(found):
+            _held(graph, operator.eq, found, size, what, "with an example of the size that you need")
+        said.append(f"{size} in dimension {dim} of {node.name}")
+    return said[::-1]
 
 
-def _held(graph: fx.Graph, same: Any, node: fx.Node, value: Any, said: str) -> None:
+def _held(graph: fx.Graph, same: Any, node: fx.Node, value: Any, said: str, how: str = "as called otherwise") -> None:
     right = graph.call_function(same, (node, value))
     with graph.inserting_after(right):
-        graph.call_function(torch._assert, (right, f"{said} when this graph was captured, and is a part of it: prune the model as called otherwise"))
+        graph.call_function(torch._assert, (right, f"{said} when this graph was captured, and is a part of it: prune the model {how}"))
