@@ -149,3 +149,20 @@ def test_a_batch_that_is_not_free_is_refused_whatever_the_reason():
     assert any("takes only the batch size" in n for n in result.notes)
     with pytest.raises(AssertionError, match="batch size was 3"):
         result.model(X(4, 5, 6))
+
+
+def test_a_tensor_that_is_passed_twice_is_two_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.c, self.b = nn.Linear(6, 32), nn.Linear(6, 32), nn.Linear(32, 3)
+
+        def forward(self, x, y):
+            h = (self.a(x) + self.c(y)).relu()
+            return self.b(h * h.shape[-1] ** -0.5)
+
+    model, x = Two().eval(), X(2, 6)
+    result = sc.prune(model, (x, x), sc.MACs(at_most="60%"))
+    assert result.cut.how == "graph"
+    assert sc.prove(model, sc.trace(model, (X(2, 6), X(2, 6))), result.plan.keep, result.model).passed

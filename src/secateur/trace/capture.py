@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_map_only
 
 from secateur.errors import CaptureError
 from secateur.trace.kept import BORN_LATER, Kept
@@ -64,9 +65,22 @@ def export(model: nn.Module, args: tuple, kwargs: Mapping | None = None) -> Expo
     """
     try:
         with evaluating(model):
-            return torch.export.export(model, tuple(args), dict(kwargs or {}), strict=False)
+            return torch.export.export(model, *_each_its_own(tuple(args), dict(kwargs or {})), strict=False)
     except Exception as error:  # torch.export raises many unrelated types; all of them mean the same to the user
         raise CaptureError(_why_not_captured(model, args, error)) from error
+
+
+def _each_its_own(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Copies of a tensor that is passed more than once: torch.export would read one of the inputs in the place of all."""
+    seen = set[int]()
+
+    def own(t: torch.Tensor) -> torch.Tensor:
+        if id(t) in seen:
+            return t.detach().clone().requires_grad_(t.requires_grad)
+        seen.add(id(t))
+        return t
+
+    return tree_map_only(torch.Tensor, own, (args, kwargs))
 
 
 def _why_not_captured(model: nn.Module, args: tuple, error: Exception) -> str:
