@@ -166,3 +166,30 @@ def test_a_tensor_that_is_passed_twice_is_two_inputs():
     result = sc.prune(model, (x, x), sc.MACs(at_most="60%"))
     assert result.cut.how == "graph"
     assert sc.prove(model, sc.trace(model, (X(2, 6), X(2, 6))), result.plan.keep, result.model).passed
+
+
+class Followed(nn.Module):
+    """Its class follows a cut."""
+
+    def __init__(self, by):
+        super().__init__()
+        torch.manual_seed(0)
+        self.by, self.a, self.c, self.b = by, nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.b(self.c(self.a(x).relu()).relu().sum((2, 3))) / (x.shape[3] if self.by else 1)
+
+
+@pytest.mark.parametrize("by", [True, False])
+def test_a_class_saved_as_a_graph_refuses_sizes_too(by, tmp_path):
+    result = sc.prune(Followed(by).eval(), (X(2, 3, 8, 8),), sc.MACs(at_most="70%"))
+    assert result.cut.how == "attributes"
+    sc.save(result, tmp_path / "out")
+    loaded, x = sc.load(tmp_path / "out"), X(5, 3, 12, 8)
+    torch.testing.assert_close(loaded(x), result.model(x))
+    x = X(2, 3, 8, 16)
+    if by:
+        with pytest.raises(AssertionError, match="x had size 8 in dimension 3"):
+            loaded(x)
+    else:
+        torch.testing.assert_close(loaded(x), result.model(x))

@@ -17,7 +17,8 @@ from secateur.measure.run import at_rest, untouched
 from secateur.models import graph_file
 from secateur.models.example import rebuild
 from secateur.surgery.attributes import Edit
-from secateur.surgery.fixed import hold_inputs
+from secateur.surgery.fixed import hold_inputs, hold_sizes
+from secateur.surgery.sizes import held_sizes, rows_of
 from secateur.trace.capture import evaluating
 
 if TYPE_CHECKING:
@@ -247,14 +248,16 @@ def _set_attributes(model: nn.Module, edits: Sequence[Sequence[Any]]) -> None:
 
 # ---------------------------------------------------------------- the graph
 def exported(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[fx.GraphModule | None, str]:
-    """(the model as a graph that runs for any batch size where it can, else for this one; why there is none)."""
+    """(the model as a graph that runs for any batch size where it can, else for this one, and refuses sizes it is wrong with; why there is none)."""
     if isinstance(model, fx.GraphModule):
         return model, ""
     program, why = captured(model, args, kwargs)
     if program is None:
         return None, why
     module = program.module(check_guards=False)  # those hold Python code, which is not written
-    hold_inputs(module.graph, tree_leaves((args, dict(kwargs))))
+    leaves, held = tree_leaves((args, dict(kwargs))), held_sizes(model, module, args, kwargs)
+    hold_inputs(module.graph, leaves)
+    hold_sizes(module.graph, held, leaves, rows_of(args, kwargs))
     module.recompile()
     return module, why
 
