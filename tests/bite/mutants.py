@@ -1866,6 +1866,8 @@ MUTANTS: list[Mutant] = [
         ' and found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):',
         ':',
         ('tests/runtime/test_build.py',),
+    ),
+    Mutant(
         "a graph goes on with the sizes of the captured call",
         "secateur/surgery/sizes.py",
         "if runs and does == _DIFFERS:",

@@ -291,10 +291,8 @@ def graph_of(result: Result, module: fx.GraphModule | None, tensors: Mapping[str
     if module is not None:
         form, why = graph_form(result.model, module, tensors, args, kwargs)
     if form is None and result.cut.how == "graph":
-        raise FormatError(
-            f"The model was not saved: its cut rewrote its graph, and that graph cannot be written: {why}.\n"
-            "  Let forward() take and return tensors in tuples, lists and dicts, or keep the model itself: torch.save(result.model, path)."
-        )
+        raise FormatError(f"The model was not saved: its cut rewrote its graph, and that graph cannot be written: {why}.\n  Let forward() take and "
+                          "return tensors in tuples, lists and dicts, or keep the model itself: torch.save(result.model, path).")  # fmt: skip
     if form is not None and module is not None and (own := graph_file.own_outputs(module)):
         said = f"a saved folder holds no classes: the graph in it returns tuples or dicts for {', '.join(own)}"
         result.notes += [said] if said not in result.notes else []
@@ -307,9 +305,12 @@ def graph_form(
     """(graph.json's contents, why there are none). The graph is read back and run before it is believed."""
     try:
         form = graph_file.to_json(module)
-        own = {id(entry.value): entry.value.detach().clone() for entry in tensors.values()}  # a forward may write into its tensors
-        again = graph_file.from_json(form, {name: own[id(entry.value)] for name, entry in tensors.items()})
-        expected, found = _outputs(model, args, kwargs), _outputs(again, args, kwargs)
+        own = {name: entry.value for name, entry in tensors.items()}
+        again = graph_file.from_json(form, own)  # no copies of them: at another place in memory products may round otherwise
+        with untouched(tuple(own.values())):  # a forward may write into its tensors
+            expected = _outputs(model, args, kwargs)
+        with untouched(tuple(own.values())):
+            found = _outputs(again, args, kwargs)
     except graph_file.CannotWrite as error:
         return None, f"the graph holds {error}"
     except (FormatError, RuntimeError, TypeError, ValueError) as error:

@@ -82,7 +82,11 @@ def held_sizes(model: nn.Module, graph: fx.GraphModule, args: tuple, kwargs: Map
     Args:
         graph: what `model` does at the sizes of the inputs `args` and `kwargs`, with nothing cut.
     """
-    inputs = (tuple(args), dict(kwargs))
+    with untouched((*graph.parameters(), *graph.buffers())):  # an operator may write into them, such as one that shortens embeddings
+        return _held(model, graph, (tuple(args), dict(kwargs)))
+
+
+def _held(model: nn.Module, graph: fx.GraphModule, inputs: tuple[tuple, dict]) -> list[Place]:
     trial = _Trial(model, graph, inputs)
     try:
         model, graph, inputs = _on_cpu(model, graph, inputs)
