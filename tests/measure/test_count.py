@@ -52,10 +52,7 @@ CASES = {
     "addmv": (Apply(torch.addmv), (torch.empty(3), torch.empty(3, 4), torch.empty(4)), 12),
     "addbmm": (Apply(torch.addbmm), (torch.empty(3, 5), torch.empty(2, 3, 4), torch.empty(2, 4, 5)), 2 * 3 * 4 * 5),
     "baddbmm": (Apply(torch.baddbmm), (torch.empty(2, 3, 5), torch.empty(2, 3, 4), torch.empty(2, 4, 5)), 120),
-    "addr": (Apply(torch.addr), (torch.empty(3, 4), torch.empty(3), torch.empty(4)), 12),
     "int8 matrices": (Apply(torch._int_mm), (torch.empty(32, 8, dtype=torch.int8), torch.empty(8, 16, dtype=torch.int8)), 32 * 8 * 16),
-    "few distances": (Apply(torch.cdist), (torch.empty(3, 5), torch.empty(4, 5)), 3 * 4 * 5),
-    "many distances": (Apply(torch.cdist), (torch.empty(2, 30, 5), torch.empty(40, 5)), 2 * 30 * 40 * 5),
     "einsum": (
         Apply(lambda a, b: torch.einsum("bhid,bhjd->bhij", a, b)),
         (torch.empty(2, 3, 4, 5), torch.empty(2, 3, 6, 5)),

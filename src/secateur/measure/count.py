@@ -1,7 +1,7 @@
 """Exact counts: multiply-accumulates, parameters, bytes.
 
 MACs are counted by watching the operators that run, so a module called twice counts twice and a branch not taken counts
-nothing. Matrix products, convolutions, attention, recurrent layers and distances count; biases, norms, activations and products
+nothing. Matrix products, convolutions, attention and recurrent layers count; biases, norms, activations, distances and products
 of elements (an outer product is one) do not. Causal attention counts as the full square, and weights with zeros count as if they had none,
 in sparse layers and sparse tensors too. Works on any device, the meta device included, where nothing is computed.
 """
@@ -120,15 +120,6 @@ def _mm(a: Shape, b: Shape, **_kwargs: Any) -> int:
     return 2 * prod(a) * b[-1]
 
 
-def _addr(bias: Shape, a: Shape, b: Shape, **_kwargs: Any) -> int:
-    return 2 * prod(a) * prod(b)
-
-
-def _distances(x: Shape, *_args: Any, out_shape: Shape, **_kwargs: Any) -> int:
-    """Of each pair of vectors, one accumulate for every number."""
-    return 2 * prod(out_shape) * x[-1]
-
-
 def _packed_linear(x: Shape, packed: Any, *_args: Any, out_shape: Shape, **_kwargs: Any) -> int:
     return 2 * prod(x) * out_shape[-1]
 
@@ -166,13 +157,9 @@ FORMULAS: dict[Any, Any] = {
     aten.dot: _dot,
     aten.vdot: _dot,
     aten.addbmm: _addbmm,
-    aten.addr: _addr,
     aten._int_mm: _mm,
     aten._sparse_addmm: _addbmm,
     aten._sparse_sparse_matmul: _mm,
-    aten._cdist_forward: _distances,
-    aten._euclidean_dist: _distances,
-    aten._pdist_forward: _distances,
     aten._grouped_mm: _grouped_mm,
     aten._trilinear: _trilinear,
     aten.mkldnn_rnn_layer: _rnn_layer,

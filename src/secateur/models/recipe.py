@@ -306,7 +306,7 @@ def graph_form(
     try:
         form = graph_file.to_json(module)
         own = {name: entry.value for name, entry in tensors.items()}
-        again = graph_file.from_json(form, own)  # no copies of them: at another place in memory products may round otherwise
+        again = graph_file.from_json(form, own)  # their own: torch.matmul rounds otherwise where none wants gradients
         with untouched(tuple(own.values())):  # a forward may write into its tensors
             expected = _outputs(model, args, kwargs)
         with untouched(tuple(own.values())):
