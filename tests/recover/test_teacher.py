@@ -192,6 +192,14 @@ def test_without_labels_classes_are_last_or_those_of_images(form):
     assert before < 0.5 and after > 0.9
 
 
+@pytest.mark.parametrize(("form", "labels"), [("NCL", False), ("NLC", False), ("NCL", True), ("NCLL", False)])
+def test_that_the_classes_were_guessed_is_said(form, labels):
+    net, x = (nn.Conv1d if form != "NCLL" else nn.Conv2d)(1, 4, 3, padding=1), torch.randn(8, 1, *[6] * form.count("L"))
+    net = nn.Sequential(net, Last()) if form == "NLC" else net
+    done = recover(copy.deepcopy(net), Batches(x, net(x).argmax(1) if labels else None, 4), Training(epochs=1), teacher=net)
+    assert done.notes == ([losses.GUESSED] if form != "NCLL" and not labels else [])
+
+
 @pytest.mark.parametrize("labels", ["numbers", "shares"])
 def test_numbers_and_shares_of_classes_are_told_apart_with_a_loss_of_ones_own(labels):
     torch.manual_seed(0)

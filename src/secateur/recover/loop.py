@@ -260,6 +260,8 @@ class Run:
             if turned:
                 wanted = losses.middle(wanted, scores_of(self.teacher(*turned[0], **turned[1])))
         distilled = losses.distance(scores_of(output), wanted, how.temperature, labels, self.soft)
+        if wanted.dim() == 3 and losses.labels_of(labels) is None and losses.GUESSED not in self.notes:
+            self.notes.append(losses.GUESSED)
         value = distilled if own is None else how.distil * distilled + (1 - how.distil) * own
         return value + how.features * losses.apart(ours, theirs) if self.inner else value, output
 

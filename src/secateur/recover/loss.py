@@ -18,6 +18,7 @@ from secateur.recover.order import rows_of
 
 Loss = Callable[[Any, Any], Tensor]  # (what the model gives, the labels or the whole batch) -> a number
 IGNORED = -100  # a label that does not count, as Hugging Face has it
+GUESSED = "the teacher's outputs have three dimensions and there are no labels: the last one is taken for the classes; give labels to tell"
 
 
 def task_loss(output: Any, labels: Tensor) -> Tensor:
